@@ -1,0 +1,100 @@
+"""dmmd: few-step discrete diffusion through plugins.
+
+The public names below are what a plugin or a script imports. They load on first use, so that ``import dmmd_core``
+imports no torch and has no side effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmmd_core.draws import Draws, categorical_from_uniform
+    from dmmd_core.errors import (
+        CheckpointError,
+        DmmdError,
+        FieldError,
+        PluginError,
+        Problem,
+        RecipeError,
+        RunError,
+        UnsupportedError,
+    )
+    from dmmd_core.hookspecs import hookimpl
+    from dmmd_core.interfaces import (
+        INTERFACES,
+        KINDS,
+        Backbone,
+        Batch,
+        Codec,
+        Component,
+        Condition,
+        Data,
+        DataSpec,
+        Denoiser,
+        EnumerableData,
+        Features,
+        FiniteData,
+        Generator,
+        Losses,
+        Metric,
+        NetworkDenoiser,
+        NetworkPrediction,
+        Objective,
+        Player,
+        Prediction,
+        Process,
+        Requirement,
+        Sampler,
+        Samples,
+        Schedule,
+        Slot,
+        Subject,
+        TablePrediction,
+        Teacher,
+        Value,
+        option,
+        per_position,
+        slot,
+    )
+    from dmmd_core.loss import Rows, rows_with_loss, sum_over_rows
+    from dmmd_core.pipeline import Run
+    from dmmd_core.plugins import load_plugins
+    from dmmd_core.recipe import Recipe, load_recipe
+    from dmmd_core.registry import PluginRegistrar, Registry
+    from dmmd_core.saved import load_codec, load_student, load_teacher
+    from dmmd_core.shaping import ShapedDenoiser, shape_log_probs
+
+_HOMES = {
+    "dmmd_core.draws": "Draws categorical_from_uniform",
+    "dmmd_core.errors": "CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
+    "UnsupportedError",
+    "dmmd_core.hookspecs": "hookimpl",
+    "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
+    "EnumerableData Features FiniteData Generator Losses Metric NetworkDenoiser NetworkPrediction Objective Player "
+    "Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher Value option "
+    "per_position slot",
+    "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
+    "dmmd_core.pipeline": "Run",
+    "dmmd_core.plugins": "load_plugins",
+    "dmmd_core.recipe": "Recipe load_recipe",
+    "dmmd_core.registry": "PluginRegistrar Registry",
+    "dmmd_core.saved": "load_codec load_student load_teacher",
+    "dmmd_core.shaping": "ShapedDenoiser shape_log_probs",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - computed from the table above
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'dmmd_core' has no public name {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

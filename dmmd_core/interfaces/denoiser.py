@@ -1,0 +1,153 @@
+"""Denoiser: anything that gives E[x | z_t]; and the prediction it returns.
+
+Objectives, samplers and metrics meet networks, exact teachers, shaped teachers and students only through this.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dmmd_core.draws import Draws
+from dmmd_core.interfaces.process import Process, per_position
+
+if TYPE_CHECKING:
+    from dmmd_core.interfaces.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told beside the noisy tokens.
+
+    Attributes:
+        label: Class labels, int64 ``[batch]``; the value ``num_classes`` means "no label".
+        fixed: Positions whose token is given, bool ``[batch, length]``; they stay at t = 0.
+        values: The given tokens, int64 ``[batch, length]``, read where `fixed`.
+        context: Whatever a backbone made of finished blocks (its own type).
+    """
+
+    label: Tensor | None = None
+    fixed: Tensor | None = None
+    values: Tensor | None = None
+    context: object | None = None
+
+
+class Prediction(ABC):
+    """A factorised prediction of the clean tokens, made row by row on demand.
+
+    A row is one position of one sample, numbered ``sample * length + position``.
+    """
+
+    num_rows: int
+    vocab_size: int
+
+    @abstractmethod
+    def log_probs(self, rows: Tensor | None = None) -> Tensor:
+        """Log of the clean mean for the chosen rows (all by default), at least float32 ``[rows, vocab]``."""
+
+    def chunks(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(rows, log_probs)`` for at most `size` rows at a time."""
+        for part in rows.split(size):
+            yield part, self.log_probs(part)
+
+
+class TablePrediction(Prediction):
+    """A prediction whose log-probabilities are already at hand.
+
+    Args:
+        log_probs: ``[batch, length, vocab]``.
+    """
+
+    def __init__(self, log_probs: Tensor) -> None:
+        self._log_probs = log_probs.flatten(0, 1)
+        self.num_rows, self.vocab_size = self._log_probs.shape
+
+    def log_probs(self, rows: Tensor | None = None) -> Tensor:
+        """See `Prediction.log_probs`."""
+        return self._log_probs if rows is None else self._log_probs[rows]
+
+
+class NetworkPrediction(Prediction):
+    """Features of a backbone, turned into log-probabilities where somebody asks.
+
+    Args:
+        backbone: Gives logits for feature rows.
+        process: Turns logits into the clean mean.
+        features: ``[batch, length, width]``.
+        z_t: Noisy tokens, int64 ``[batch, length]``.
+        t: Times, ``[batch]`` or ``[batch, length]``.
+    """
+
+    def __init__(
+        self, backbone: Backbone, process: Process, features: Tensor, z_t: Tensor, t: Tensor
+    ) -> None:
+        self._backbone = backbone
+        self._process = process
+        self._features = features.flatten(0, 1)
+        self._z = z_t.flatten()
+        self._t = per_position(t, z_t).flatten()
+        self.num_rows = self._features.shape[0]
+        self.vocab_size = process.vocab_size
+
+    def log_probs(self, rows: Tensor | None = None) -> Tensor:
+        """See `Prediction.log_probs`; the softmax runs in float32 or wider."""
+        features, z, t = self._features, self._z, self._t
+        if rows is not None:
+            features, z, t = features[rows], z[rows], t[rows]
+        logits = self._backbone.head(features)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return self._process.clean_log_probs(logits.to(wide), z, t)
+
+
+class Denoiser(nn.Module, ABC):
+    """Maps noisy tokens to a factorised prediction of the clean ones."""
+
+    @abstractmethod
+    def forward(
+        self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
+    ) -> Prediction:
+        """Predict E[x | z_t].
+
+        Args:
+            z_t: Noisy tokens, int64 ``[batch, length]``.
+            t: Times, ``[batch]`` or ``[batch, length]``.
+            condition: Labels, fixed positions, context.
+            latent: Input noise from `draw_latent`; None for denoisers that take none.
+        """
+
+    def draw_latent(self, draws: Draws) -> Tensor | None:
+        """Draw the input noise for one call, ``[batch, ...]``; None where there is none."""
+        return None
+
+    @property
+    def takes_latent(self) -> bool:
+        """Whether two calls on one input may differ through the latent."""
+        return False
+
+
+class NetworkDenoiser(Denoiser):
+    """A backbone read through a process: teachers and auxiliaries.
+
+    Args:
+        backbone: The network.
+        process: Its noise process.
+    """
+
+    def __init__(self, backbone: Backbone, process: Process) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.process = process
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
+    ) -> Prediction:
+        """See `Denoiser.forward`."""
+        if latent is not None:
+            raise ValueError("this denoiser takes no latent; use a generator with input noise")
+        features = self.backbone.features(z_t, t, condition or Condition())
+        return NetworkPrediction(self.backbone, self.process, features, z_t, t)

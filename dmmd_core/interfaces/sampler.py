@@ -1,0 +1,65 @@
+"""Sampler: runs a denoiser from the prior to clean tokens in a number of steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dmmd_core.draws import Draws
+from dmmd_core.errors import UnsupportedError
+from dmmd_core.interfaces.component import Component
+from dmmd_core.interfaces.denoiser import Condition, Denoiser
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a sampler made.
+
+    Attributes:
+        tokens: Clean tokens, int64 ``[batch, length]``.
+        last_log_probs: The factorised log-probabilities of the last step, ``[batch, length, vocab]``, where asked
+            for: averaged over samples they estimate the sampler's distribution with less noise than counting.
+    """
+
+    tokens: Tensor
+    last_log_probs: Tensor | None = None
+
+
+class Sampler(Component, ABC):
+    """Draws clean tokens from a denoiser; capability ``last_step`` if it can return `last_log_probs`."""
+
+    kind: ClassVar[str] = "sampler"
+
+    @abstractmethod
+    def sample(
+        self,
+        denoiser: Denoiser,
+        draws: Draws,
+        *,
+        num_steps: int,
+        condition: Condition | None = None,
+        last_step: bool = False,
+    ) -> Samples:
+        """Draw one batch.
+
+        Args:
+            denoiser: Teacher or student, on the device of `draws`.
+            draws: One sample per index; its `step` is replaced by the sampler's own.
+            num_steps: Number of network calls, at least 1.
+            condition: Labels and fixed positions.
+            last_step: Also return the last step's log-probabilities.
+        """
+
+    def distribution(self, denoiser: Denoiser, *, num_steps: int) -> Tensor:
+        """Exact distribution of the result over all sequences, float64 ``[vocab ** length]``.
+
+        Only for denoisers without latent in worlds small enough to enumerate; sequences are numbered with the
+        first position as the most significant digit.
+
+        Raises:
+            UnsupportedError: This sampler cannot enumerate.
+        """
+        raise UnsupportedError(f"{type(self).__name__} cannot enumerate its distribution; count samples instead")

@@ -1,0 +1,15 @@
+"""Registers the backbones."""
+
+from __future__ import annotations
+
+from dmmd_core import PluginRegistrar, hookimpl
+
+
+@hookimpl
+def dmmd_register(registry: PluginRegistrar) -> None:
+    """Register the components of this package."""
+    from dmmd_backbones.mlp import MLP
+    from dmmd_backbones.transformer import Transformer
+
+    registry.add("backbone", "mlp", MLP)
+    registry.add("backbone", "transformer", Transformer)

@@ -1,0 +1,1 @@
+"""Students: generators with and without input noise."""

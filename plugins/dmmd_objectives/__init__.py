@@ -1,0 +1,1 @@
+"""Objectives: denoising for teachers, moment matching (D-MMD) for students."""

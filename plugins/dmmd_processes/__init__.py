@@ -1,0 +1,1 @@
+"""Noise processes and schedules: masked and uniform; linear, cosine and polynomial."""

@@ -1,0 +1,1 @@
+"""Samplers: exact ancestral sampling."""

@@ -1,0 +1,13 @@
+"""Registers the samplers."""
+
+from __future__ import annotations
+
+from dmmd_core import PluginRegistrar, hookimpl
+
+
+@hookimpl
+def dmmd_register(registry: PluginRegistrar) -> None:
+    """Register the components of this package."""
+    from dmmd_samplers.ancestral import Ancestral
+
+    registry.add("sampler", "ancestral", Ancestral)

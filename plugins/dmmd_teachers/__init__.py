@@ -1,0 +1,1 @@
+"""Teachers that are loaded: exact ones, and those of other runs."""
