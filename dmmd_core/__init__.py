@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from dmmd_core.plugins import load_plugins
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
-    from dmmd_core.saved import load_codec, load_student, load_teacher
+    from dmmd_core.saved import load_model_weights, load_student, load_teacher
     from dmmd_core.shaping import ShapedDenoiser, shape_log_probs
 
 _HOMES = {
@@ -80,7 +80,7 @@ _HOMES = {
     "dmmd_core.plugins": "load_plugins",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
-    "dmmd_core.saved": "load_codec load_student load_teacher",
+    "dmmd_core.saved": "load_model_weights load_student load_teacher",
     "dmmd_core.shaping": "ShapedDenoiser shape_log_probs",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pluggy import HookRelay
+
 from dmmd_core.errors import PluginError
 from dmmd_core.interfaces import INTERFACES, Component
 
@@ -48,11 +50,15 @@ class Registry:
     Args:
         entries: The components, free of collisions.
         providers: All plugins that were loaded, including those that only observe.
+        hooks: Calls the hooks of all plugins (pluggy's relay).
     """
 
-    def __init__(self, entries: dict[tuple[str, str], Entry], providers: tuple[Provider, ...]) -> None:
+    def __init__(
+        self, entries: dict[tuple[str, str], Entry], providers: tuple[Provider, ...], hooks: HookRelay
+    ) -> None:
         self._entries = dict(sorted(entries.items()))
         self.providers = providers
+        self.hooks = hooks
 
     def __iter__(self) -> Iterator[Entry]:
         """Iterate over the entries, sorted by kind and name."""

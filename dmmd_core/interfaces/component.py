@@ -144,6 +144,13 @@ class Component:
         return ()
 
     @classmethod
+    def check(cls, config: Any) -> None:
+        """Raise a `FieldError` where the outside world (a path, an installed library) forbids this Config.
+
+        Called while the recipe is validated, before anything is built or written.
+        """
+
+    @classmethod
     def smoke(cls, config: Any) -> Any:
         """Return a Config for ``--smoke``: the same code path at a size of seconds."""
         return config

@@ -189,6 +189,34 @@ class Process(Component, ABC):
         ratio = torch.log1p(alpha / ((1 - alpha) * self._prior_of(z)))
         return torch.where(z < self.vocab_size, ratio, 0.0)
 
+    def clean_posterior(self, log_probs: Tensor, z_t: Tensor, z_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """Update a distribution of x given z_t by the news of z_s: ``p(x) q(z_s | z_t, x)``, normalised.
+
+        As a function of x, q(z_s | z_t, x) differs from a constant only at x = z_s and at x = z_t.
+
+        Args:
+            log_probs: Log of p(x), ``[rows, vocab]``.
+            z_t: Noisy tokens at t, int64 ``[rows]``.
+            z_s: Noisy tokens at s <= t, int64 ``[rows]``.
+            s: Times of `z_s`, ``[rows]``.
+            t: Times of `z_t`, ``[rows]``.
+
+        Returns:
+            Log-probabilities ``[rows, vocab]``.
+        """
+        both, from_x, stay, fresh = self._posterior_weights(self._prior_of(z_t), z_t, s, t)
+        base = from_x + stay + fresh
+        news_s = torch.where(self.known(z_s, s), 0.0, self.evidence(z_s, s))
+        news_t = torch.where((z_t < self.vocab_size) & (base > 0), -torch.log1p(both / base), 0.0)
+        shifted = log_probs
+        for token, news in ((z_s, news_s), (z_t, news_t)):
+            place = token.clamp(max=self.vocab_size - 1).unsqueeze(-1)
+            shifted = shifted.scatter_add(-1, place, news.to(log_probs.dtype).unsqueeze(-1))
+        carried = torch.full_like(log_probs, -torch.inf).scatter(
+            -1, z_s.clamp(max=self.vocab_size - 1).unsqueeze(-1), 0.0
+        )
+        return torch.where(self.known(z_s, s).unsqueeze(-1), carried, shifted.log_softmax(-1))
+
     def clean_log_probs(self, logits: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """Turn a network's logits into the log of the clean mean E[x | z_t].
 

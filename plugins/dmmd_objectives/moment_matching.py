@@ -29,6 +29,7 @@ from dmmd_core import (
     ShapedDenoiser,
     categorical_from_uniform,
     option,
+    per_position,
     rows_with_loss,
     sum_over_rows,
 )
@@ -44,8 +45,10 @@ class MomentMatching(Objective):
         turns: Literal["joint", "alternate"] = option(
             "joint", help="update both players on one draw, or student and auxiliary in turn"
         )
-        auxiliary_target: Literal["hard", "soft"] = option(
-            "hard", help="auxiliary learns from the drawn tokens, or from the student's probabilities (masked only)"
+        auxiliary_target: Literal["hard", "soft", "posterior"] = option(
+            "hard",
+            help="auxiliary learns from the drawn tokens, from the student's probabilities (masked only), or from "
+            "those given z_s as well (any process, least noise)",
         )
         auxiliary_learning_rate_scale: float = option(
             1.0, help="auxiliary's learning rate as a multiple of the student's", above=0
@@ -132,7 +135,7 @@ class MomentMatching(Objective):
             auxiliary = self.auxiliary(z_s, s, condition)
         totals = sum_over_rows(
             rows_with_loss(self.process, z_s, s),
-            lambda rows: self._row_losses(rows, turn, x, prediction, teacher, auxiliary),  # 3
+            lambda rows: self._row_losses(rows, turn, x, (z_t, t), prediction, teacher, auxiliary),  # 3
             self.config.chunk_rows,
         )
         by_player = {name: totals[place] for place, name in enumerate(("student", "auxiliary")) if name in turn}
@@ -162,6 +165,7 @@ class MomentMatching(Objective):
         rows: Rows,
         turn: tuple[str, ...],
         x: Tensor,
+        before: tuple[Tensor, Tensor],
         prediction: Prediction,
         teacher: Prediction,
         auxiliary: Prediction,
@@ -173,14 +177,32 @@ class MomentMatching(Objective):
         with torch.set_grad_enabled("auxiliary" in turn):
             log_phi = auxiliary.log_probs(rows.index)
         with torch.set_grad_enabled("student" in turn):
-            p = prediction.log_probs(rows.index).exp()
+            log_p = prediction.log_probs(rows.index)
+            p = log_p.exp()
         losses_theta = self.process.candidate_losses(log_theta.clamp_min(floor), rows.z, rows.s)
         losses_phi = self.process.candidate_losses(log_phi.detach().clamp_min(floor), rows.z, rows.s)
         student = (p * (losses_theta - losses_phi)).sum(-1)
-        target = x.flatten()[rows.index] if self.config.auxiliary_target == "hard" else p.detach()
+        target = self._auxiliary_target(rows, x, before, log_p.detach())
         auxiliary_loss = self.process.row_losses(target, log_phi, rows.z, rows.s)
         auxiliary_loss = auxiliary_loss + self.process.row_losses(log_theta.exp(), log_phi, rows.z, rows.s)
         with torch.no_grad():
             entropy = -torch.special.xlogy(p, p).sum(-1)
             gap = (log_theta.exp() - log_phi.exp()).abs().sum(-1) / 2
         return torch.stack((student, auxiliary_loss, entropy, gap))
+
+    def _auxiliary_target(
+        self, rows: Rows, x: Tensor, before: tuple[Tensor, Tensor], log_p: Tensor
+    ) -> Tensor:
+        """What the auxiliary learns of the student: int64 ``[rows]`` or probabilities ``[rows, vocab]``.
+
+        All three have the mean E_student[x | z_s]: given z_s alone, given z_t and the latent for the masked process,
+        or given z_t, the latent and z_s, ``p(x) q(z_s | z_t, x)`` normalised (Rao-Blackwell).
+        """
+        if self.config.auxiliary_target == "hard":
+            return x.flatten()[rows.index]
+        if self.config.auxiliary_target == "soft":
+            return log_p.exp()
+        z_t, t = before
+        z_rows = z_t.flatten()[rows.index]
+        t_rows = per_position(t, z_t).flatten()[rows.index]
+        return self.process.clean_posterior(log_p, z_rows, rows.z, rows.s, t_rows).exp()

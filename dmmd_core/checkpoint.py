@@ -1,0 +1,194 @@
+"""Directories that are either whole or not there, and checkpoints in them.
+
+A directory is written under a temporary name, every file synced and listed with its SHA-256 in ``manifest.json``,
+then renamed. Only safetensors and JSON are written and read; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmmd_core.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_PREFIX = "step_"
+_TEMPORARY = ".incomplete-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new content and nothing between."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, indented."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+    """Create or replace a directory atomically.
+
+    Args:
+        path: The directory.
+        fill: Writes the files into the directory that it is given.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    files = sorted(file for file in temporary.iterdir() if file.is_file())
+    manifest = {file.name: _sha256(file) for file in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for file in [*files, temporary / MANIFEST, temporary]:
+        _sync(file)
+    if path.exists():
+        old = path.with_name(f"{_TEMPORARY}old-{path.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def verify_directory(path: Path) -> None:
+    """Check a directory against its manifest.
+
+    Raises:
+        CheckpointError: A file is missing or changed, or there is no manifest; names the file.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{manifest_path} is missing or damaged: {error}") from error
+    for name, digest in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, although {manifest_path} lists it")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the one in {manifest_path}")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file to the CPU.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own types for damage and OSError for the rest
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        CheckpointError: Names are missing or left over, or shapes differ; says which and where from.
+    """
+    try:
+        module.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        details = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise CheckpointError(f"the weights in {origin} do not fit {type(module).__name__}: {details}") from error
+
+
+def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of a step.
+
+    Args:
+        directory: Directory of a stage's checkpoints.
+        step: Steps done.
+        tensors: All tensors of the training state.
+        state: Everything else, JSON-serialisable.
+
+    Returns:
+        The checkpoint's directory.
+    """
+
+    def fill(path: Path) -> None:
+        save_tensors(path / "state.safetensors", tensors)
+        (path / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+
+    path = directory / f"{_PREFIX}{step:09d}"
+    write_directory(path, fill)
+    return path
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """All complete-looking checkpoints, newest first; temporary names never count."""
+    return sorted((p for p in directory.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
+
+
+def load_newest(directory: Path) -> Iterator[tuple[Path, CheckpointError | None]]:
+    """Yield checkpoints from the newest on, each with what is wrong with it or None."""
+    for path in checkpoints(directory):
+        try:
+            verify_directory(path)
+        except CheckpointError as error:
+            yield path, error
+        else:
+            yield path, None
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for path in checkpoints(directory)[keep:]:
+        shutil.rmtree(path)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """Name every tensor of an optimiser's state."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}/{index}/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, state in states.items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Undo `flatten_optimizer`."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(f"{prefix}/"):
+            index, key = name[len(prefix) + 1 :].split("/")
+            states.setdefault(int(index), {})[key] = value
+    content = optimizer.state_dict()
+    optimizer.load_state_dict({"state": states, "param_groups": content["param_groups"]})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""The command lines ``dmmd-run`` and ``dmmd-sample``; heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dmmd_core.errors import DmmdError
+
+if TYPE_CHECKING:
+    from dmmd_core.pipeline import Run
+
+EXIT_CODES = "exit codes: 0 done; 1 internal error; 2 bad recipe, plugin, data or checkpoint; 130 interrupted"
+
+
+def run_command(arguments: Sequence[str] | None = None) -> int:
+    """Entry of ``dmmd-run``; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dmmd-run",
+        description="Train or load a teacher, distil it into a few-step student, sample, evaluate and report.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("recipe", nargs="?", help="path of a recipe (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, e.g. run.seed=1")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="validate, build on the meta device, print sizes, stop")
+    mode.add_argument("--smoke", action="store_true", help="the same pipeline shrunk to minutes; result thrown away")
+    mode.add_argument("--plugins", action="store_true", help="list all components and who provides them")
+    options = parser.parse_intermixed_args(arguments)
+    if not options.plugins and options.recipe is None:
+        parser.error("give a recipe, or --plugins")
+    return _guard(lambda: _run(options))
+
+
+def sample_command(arguments: Sequence[str] | None = None) -> int:
+    """Entry of ``dmmd-sample``; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dmmd-sample", description="Draw samples from a trained student or teacher.", epilog=EXIT_CODES
+    )
+    parser.add_argument("path", help="a run directory, or its student or teacher folder")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: what the student was trained for)")
+    parser.add_argument("--num", type=int, default=16, help="number of samples (default: 16)")
+    parser.add_argument("--model", choices=("student", "teacher"), default="student", help="which model")
+    parser.add_argument("--label", type=int, help="class label, for models with classes")
+    parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", default="samples", help="folder to write to (default: samples)")
+    options = parser.parse_args(arguments)
+    return _guard(lambda: _sample(options))
+
+
+def _guard(work: Callable[[], None]) -> int:
+    """Run `work`; show known errors as one message without a traceback."""
+    try:
+        work()
+    except DmmdError as error:
+        print(f"dmmd: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dmmd: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dmmd_core.plugins import load_plugins
+
+    registry = load_plugins()
+    if options.plugins:
+        from dmmd_core.listing import print_plugins
+
+        print_plugins(registry)
+        return
+
+    from dmmd_core.pipeline import Run
+    from dmmd_core.recipe import load_recipe
+    from dmmd_core.resolve import resolve
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    plan = resolve(recipe, registry)
+    if options.smoke:
+        from dmmd_core.smoke import clear_smoke_directory, smoke_settings
+
+        recipe = load_recipe(options.recipe, options.overrides, background=smoke_settings(plan, options.overrides))
+        plan = resolve(recipe, registry)
+        clear_smoke_directory(recipe.run.directory)
+    run = Run(plan, registry)
+    if options.check:
+        from dmmd_core.listing import print_check
+
+        print_check(run)
+        return
+    _stop_on_signals(run)
+    run.execute()
+
+
+def _stop_on_signals(run: Run) -> None:
+    """Let the first SIGINT or SIGTERM end the run at the next step, the second one at once."""
+
+    def request_stop(number: int, frame: Any) -> None:
+        run.stop_requested = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from dmmd_core.errors import RunError
+    from dmmd_core.media import write_media
+    from dmmd_core.precision import choose_device
+    from dmmd_core.saved import load_student, load_teacher
+
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out: {out} is a file; give a folder")
+    load = load_student if options.model == "student" else load_teacher
+    model = load(options.path, device=choose_device(options.device))
+    try:
+        tokens = model.sample(options.num, steps=options.steps, seed=options.seed, label=options.label)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    steps = options.steps or model.trained_num_steps
+    written = write_media(model.codec, tokens, out, f"{options.model}_{steps}_seed{options.seed}")
+    print("\n".join(str(path) for path in written))

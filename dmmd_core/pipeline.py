@@ -1,0 +1,362 @@
+"""A run: its directory, and its stages data, teacher, initialize, distill, evaluate."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import Tensor
+
+from dmmd_core.assemble import Assembly
+from dmmd_core.checkpoint import (
+    load_tensors,
+    load_weights,
+    save_tensors,
+    write_directory,
+    write_json,
+    write_text,
+)
+from dmmd_core.distributed import require_single_process
+from dmmd_core.draws import Draws
+from dmmd_core.errors import Interrupted, RunError
+from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Subject
+from dmmd_core.precision import choose_device, choose_precision
+from dmmd_core.recipe import TrainSection, differing_keys
+from dmmd_core.registry import Registry
+from dmmd_core.resolve import Part, Plan
+from dmmd_core.saved import read_config, recipe_from_plain, save_model
+from dmmd_core.schema import read_yaml
+from dmmd_core.train import Trainer
+
+METRICS_SCHEMA = 1
+
+
+class Run:
+    """One run of a recipe in its directory; also what observers see.
+
+    Attributes:
+        plan: The resolved recipe.
+        registry: The components and hooks.
+        directory: The run directory.
+        assembly: Builds components; ``assembly.data``, ``assembly.process`` and ``assembly.sampler`` exist at once.
+        stage: Name of the current stage.
+        stage_steps: Number of steps of the current stage.
+        stages: Finished stages: name to ``{"seconds": ..., "results": {...}}``.
+        metrics: The content of ``metrics.json``.
+        stop_requested: Set by a signal handler; the run stops at the next step with a checkpoint.
+    """
+
+    def __init__(self, plan: Plan, registry: Registry) -> None:
+        require_single_process()
+        self.plan = plan
+        self.registry = registry
+        recipe = plan.recipe
+        self.seed = recipe.run.seed
+        self.device = choose_device(recipe.run.device)
+        self.precision = choose_precision(recipe.run.precision, self.device)
+        self.directory = Path(recipe.run.directory)
+        self.stage = ""
+        self.stage_steps = 0
+        self.stages: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {"schema": METRICS_SCHEMA, "facts": {}, "results": [], "timing": {}}
+        self.stop_requested = False
+        self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+        # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
+        self.assembly = Assembly(plan, self.directory / "cache")
+        self._dry_build()
+
+    # ---- what observers hear --------------------------------------------------------------------------------
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell the observers about a step."""
+        self.registry.hooks.dmmd_after_step(run=self, step=step, metrics=metrics)
+
+    def after_checkpoint(self, step: int, path: Path) -> None:
+        """Tell the observers about a checkpoint."""
+        self.registry.hooks.dmmd_after_checkpoint(run=self, step=step, path=path)
+
+    # ---- the run --------------------------------------------------------------------------------------------
+
+    def execute(self) -> None:
+        """Run all stages that are not finished yet.
+
+        Raises:
+            RunError: The directory belongs to another recipe or to something else.
+            Interrupted: `stop_requested` was set; everything done so far is safe.
+        """
+        self._open_directory()
+        error: BaseException | None = None
+        try:
+            self.registry.hooks.dmmd_before_run(run=self)
+            self._stages()
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self.registry.hooks.dmmd_after_run(run=self, error=error)
+
+    def _stages(self) -> None:
+        self._run_stage("data", 1, self._prepare_data)
+        teacher, start = self._teacher()
+        student = self._distill(teacher, start)
+        self._evaluate(teacher, student)
+
+    def _teacher(self) -> tuple[Denoiser, NetworkDenoiser]:
+        """The teacher, and the network whose weights student and auxiliary start from."""
+        recipe, plan = self.plan.recipe, self.plan
+        if plan.teacher_load is None:
+            assert recipe.teacher.train is not None
+            assert plan.teacher_objective is not None
+            network = self.assembly.network()
+            trained = self._train_stage("teacher", plan.teacher_objective, recipe.teacher.train, network, None, None)
+            return trained, cast("NetworkDenoiser", trained)
+        teacher = self.assembly.teacher().to(self.device).eval().requires_grad_(False)
+        if plan.initialize_objective is None:
+            return teacher, cast("NetworkDenoiser", teacher)
+        section = recipe.distill.initialize
+        assert section is not None
+        network = self.assembly.network()
+        start = self._train_stage("initialize", plan.initialize_objective, section, network, teacher, None)
+        return teacher, cast("NetworkDenoiser", start)
+
+    def _distill(self, teacher: Denoiser, start: NetworkDenoiser) -> Denoiser:
+        section = self.plan.recipe.distill
+
+        def copy_teacher() -> Denoiser:
+            return copy.deepcopy(start).requires_grad_(True)
+
+        generator = self.assembly.generator(copy.deepcopy(start.backbone).requires_grad_(True))
+        return self._train_stage("distill", self.plan.objective, section, generator, teacher, copy_teacher)
+
+    def _train_stage(
+        self,
+        stage: str,
+        part: Part,
+        section: TrainSection,
+        network: Denoiser,
+        teacher: Denoiser | None,
+        copy_teacher: Callable[[], Denoiser] | None,
+    ) -> Denoiser:
+        """Train, or load what was trained before; returns the averaged model on the run's device."""
+        folder = self.directory / {"teacher": "teacher", "distill": "student"}.get(stage, stage)
+        if stage not in self.stages:
+
+            def train() -> dict[str, Any]:
+                num_steps = self.plan.recipe.distill.num_steps if stage == "distill" else None
+                objective = self.assembly.objective(
+                    part, network=network, teacher=teacher, copy_teacher=copy_teacher, num_steps=num_steps
+                )
+                trainer = Trainer(self, stage, objective, section, self.directory / "checkpoints" / stage)
+                trained = trainer.train()
+                role = "student" if stage == "distill" else "teacher"
+                facts = {"trained_num_steps": num_steps, "ema": section.ema > 0, "training_steps": section.steps}
+                save_model(folder, role, trained.model, self.assembly, facts)
+                return {**trained.metrics, "seconds": trained.seconds}
+
+            self._run_stage(stage, section.steps, train)
+        read_config(folder)
+        load_weights(network, load_tensors(folder / "model.safetensors"), str(folder))
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def _run_stage(self, stage: str, steps: int, work: Callable[[], dict[str, Any]]) -> None:
+        """Do a stage's work once; its results survive on disk. Data are prepared in every process anew."""
+        self.stage, self.stage_steps = stage, steps
+        started = time.monotonic()
+        results = work()
+        if stage in self.stages:
+            return
+        seconds = results.pop("seconds", time.monotonic() - started)
+        self.stages[stage] = {"seconds": seconds, "results": results}
+        self.metrics["timing"][stage] = round(seconds, 3)
+        write_json(self.directory / "metrics.json", self.metrics)
+        write_json(self.directory / "stages.json", self.stages)
+        self.registry.hooks.dmmd_after_stage(run=self, stage=stage, results=results)
+
+    def _prepare_data(self) -> dict[str, Any]:
+        data = self.assembly.data
+        data.prepare()
+        results = json.loads(json.dumps({**asdict(data.spec), "codec_fingerprint": data.codec.fingerprint()}))
+        before = self.stages.get("data", {}).get("results", results)
+        if before != results:
+            raise RunError(f"the data of {self.directory} were {before} and are now {results}; start a new run")
+        return cast("dict[str, Any]", results)
+
+    # ---- evaluation -----------------------------------------------------------------------------------------
+
+    def _evaluate(self, teacher: Denoiser, student: Denoiser) -> None:
+        if "evaluate" in self.stages:
+            return
+        section = self.plan.recipe.evaluate
+        jobs: list[tuple[str, int, Denoiser | None]] = [("train", 0, None), ("test", 0, None)]
+        jobs += [("teacher", steps, teacher) for steps in section.teacher_steps]
+        jobs += [("student", steps, student) for steps in section.student_steps]
+        self._run_stage("evaluate", len(jobs), lambda: self._judge(jobs))
+
+    def _judge(self, jobs: list[tuple[str, int, Denoiser | None]]) -> dict[str, Any]:
+        started = time.monotonic() - self.metrics["timing"].get("evaluate", 0.0)
+        metrics = self.assembly.metrics()
+        for metric in metrics:
+            self.metrics["facts"].update(metric.prepare())
+        done = {(row["model"], row["num_steps"]) for row in self.metrics["results"]}
+        for place, (model, steps, denoiser) in enumerate(jobs, start=1):
+            if (model, steps) in done:
+                continue
+            rows = self._judge_one(metrics, model, steps, denoiser)
+            self.metrics["results"].extend(rows)
+            self.metrics["timing"]["evaluate"] = round(time.monotonic() - started, 3)
+            write_json(self.directory / "metrics.json", self.metrics)
+            self.after_step(place, {f"{row['metric']}": row["value"] for row in rows})
+        return {"seconds": time.monotonic() - started}
+
+    def _judge_one(
+        self, metrics: list[Metric], model: str, steps: int, denoiser: Denoiser | None
+    ) -> list[dict[str, Any]]:
+        section, recipe = self.plan.recipe.evaluate, self.plan.recipe
+        trained_steps = recipe.distill.num_steps if model == "student" else None
+        if denoiser is None:
+            batch = self._yardstick(model)
+        else:
+            started = time.monotonic()
+            batch = self._sample(denoiser, steps, section.num_samples)
+            seconds = time.monotonic() - started
+            self.metrics["timing"].setdefault("sampling", {})[f"{model}_{steps}"] = round(seconds, 3)
+        self._keep_samples(model, steps, batch)
+        draws = Draws.for_range(self.seed, 0, 0, 1, self.device).within("evaluate/metric")
+        subject = Subject(
+            model, steps, batch.tokens, batch.labels, denoiser, self.assembly.sampler, self.assembly.process, draws
+        )
+        if denoiser is None:
+            subject = replace(subject, sampler=None)
+        shared = {
+            "model": model,
+            "num_steps": steps,
+            "trained_num_steps": trained_steps,
+            "seed": self.seed,
+            "sampler": recipe.sampler.name if denoiser is not None else None,
+            "dtype": str(self.precision).removeprefix("torch."),
+            "ema": self._uses_average(model),
+        }
+        rows = []
+        for metric in metrics:
+            for value in metric.evaluate(subject):
+                rows.append({**shared, **asdict(value)})
+                self._stop_if_asked()
+        return rows
+
+    def _sample(self, denoiser: Denoiser, steps: int, num: int) -> Batch:
+        """Draw samples in batches; labels follow the training data where the model takes them."""
+        tokens, labels = [], []
+        conditional = "labels" in self.plan.backbone.provides()
+        train = self.assembly.data.split("train") if conditional else None
+        for start in range(0, num, self.plan.recipe.evaluate.batch_size):
+            count = min(self.plan.recipe.evaluate.batch_size, num - start)
+            draws = Draws.for_range(self.seed, 0, start, count, self.device).within("evaluate")
+            condition = Condition()
+            if train is not None and train.labels is not None:
+                chosen = draws.integers("label", len(train)).cpu()
+                condition = Condition(label=train.labels[chosen].to(self.device))
+                labels.append(train.labels[chosen])
+            samples = self.assembly.sampler.sample(denoiser, draws, num_steps=steps, condition=condition)
+            tokens.append(samples.tokens.cpu())
+            self._stop_if_asked()
+        return Batch(torch.cat(tokens), torch.cat(labels) if labels else None)
+
+    def _yardstick(self, split: str) -> Batch:
+        """Real data seen through the codec: what a perfect model of the tokens would score."""
+        batch = self.assembly.data.split(split)
+        num = min(self.plan.recipe.evaluate.num_samples, len(batch))
+        chosen = Draws.for_range(self.seed, 0, 0, len(batch)).uniform("yardstick").argsort(stable=True)[:num]
+        return Batch(batch.tokens[chosen], None if batch.labels is None else batch.labels[chosen])
+
+    def _keep_samples(self, model: str, steps: int, batch: Batch) -> None:
+        folder = self.directory / "samples"
+        folder.mkdir(exist_ok=True)
+        tensors: dict[str, Tensor] = {"tokens": batch.tokens}
+        if batch.labels is not None:
+            tensors["labels"] = batch.labels
+        write_directory(folder / f"{model}_{steps}", lambda path: save_tensors(path / "samples.safetensors", tensors))
+
+    def samples(self, model: str, steps: int) -> Batch | None:
+        """Samples kept by the evaluation, or None."""
+        path = self.directory / "samples" / f"{model}_{steps}" / "samples.safetensors"
+        if not path.exists():
+            return None
+        tensors = load_tensors(path)
+        return Batch(tensors["tokens"], tensors.get("labels"))
+
+    def _uses_average(self, model: str) -> bool | None:
+        recipe = self.plan.recipe
+        section = {"teacher": recipe.teacher.train, "student": recipe.distill}.get(model)
+        return None if section is None else section.ema > 0
+
+    def _stop_if_asked(self) -> None:
+        if self.stop_requested:
+            raise Interrupted(f"stopped during {self.stage}; run the same command to go on")
+
+    # ---- the directory --------------------------------------------------------------------------------------
+
+    def _open_directory(self) -> None:
+        """Create the run directory, or check that it belongs to this very recipe."""
+        directory, recipe = self.directory, self.plan.recipe
+        recipe_file = directory / "recipe.yaml"
+        if recipe_file.exists():
+            content, _ = read_yaml(recipe_file)
+            keys = differing_keys(recipe_from_plain(content, str(recipe_file)), recipe)
+            if keys:
+                where = "; ".join(f"{key} ({recipe.source.where(key)})" for key in keys[:8])
+                raise RunError(
+                    f"{directory} holds a run of another recipe; it differs in: {where}; choose another "
+                    "run.directory=..., or remove that directory"
+                )
+        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise RunError(
+                f"run.directory: {directory} exists and is no run directory; choose another run.directory=..."
+            )
+        try:
+            (directory / "cache").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"run.directory: {directory} cannot be created: {error.strerror}") from error
+        if not recipe_file.exists():
+            write_text(recipe_file, yaml.safe_dump(recipe.plain(), sort_keys=False))
+            write_json(directory / "plugins.json", self._versions())
+        self.stages = _read_json(directory / "stages.json", self.stages)
+        self.metrics = _read_json(directory / "metrics.json", self.metrics)
+
+    def _versions(self) -> dict[str, Any]:
+        names = ["dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors"]
+        return {
+            "packages": {name: version(name) for name in names},
+            "plugins": [asdict(provider) for provider in self.registry.providers],
+            "components": {f"{p.entry.kind}:{p.entry.name}": p.entry.provider.plugin for p in self.plan.parts()},
+        }
+
+    def _dry_build(self) -> dict[str, int]:
+        """Build all networks on the meta device; returns their numbers of parameters."""
+        with torch.device("meta"):
+            network = self.assembly.network()
+            generator = self.assembly.generator(network.backbone)
+        self.choices = network.backbone.description()
+        self.sizes = {
+            "teacher": sum(p.numel() for p in network.parameters()),
+            "student": sum(p.numel() for p in generator.parameters()),
+        }
+        return self.sizes
+
+
+def _read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    if not path.exists():
+        return default
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); remove it to redo the stages from their checkpoints") from error
+    return content

@@ -1,0 +1,117 @@
+"""The door: find plugins by entry point, import them, and freeze what they register."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from dmmd_core import hookspecs
+from dmmd_core.errors import PluginError
+from dmmd_core.registry import Entry, PluginRegistrar, Provider, Registry
+
+GROUP = "dmmd.plugins"
+DISABLE = "DMMD_DISABLE_PLUGINS"
+
+
+def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
+    """Load every plugin that is installed and not disabled.
+
+    ``DMMD_DISABLE_PLUGINS`` names plugins (comma separated) that are not even imported.
+
+    Args:
+        entries: Entry points to load instead of the installed ones of group ``dmmd.plugins``.
+
+    Returns:
+        The frozen registry of components, with the observers' hooks.
+
+    Raises:
+        PluginError: Two plugins of one name, an import that fails, a component that breaks its contract, two
+            providers of one component, an unknown hook; names plugin, package and version.
+    """
+    found = sorted(entry_points(group=GROUP) if entries is None else entries, key=lambda entry: entry.name)
+    known = {entry.name for entry in found}
+    disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+    if disabled - known:
+        names = ", ".join(sorted(disabled - known))
+        raise PluginError(f"{DISABLE} names unknown plugins: {names} (installed: {', '.join(sorted(known))})")
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    components: dict[tuple[str, str], Entry] = {}
+    providers: dict[str, Provider] = {}
+    for entry in found:
+        if entry.name in disabled:
+            continue
+        provider = _provider(entry)
+        taken = providers.get(entry.name)
+        if taken is not None:
+            raise PluginError(
+                f"two plugins are named {entry.name!r}: one of package {taken.package} {taken.version}, one of "
+                f"package {provider.package} {provider.version}; uninstall one, or rename its entry point"
+            )
+        providers[entry.name] = provider
+        plugin = _import(entry, provider)
+        _check_hooks(plugin, provider)
+        _register(manager, plugin, provider)
+        _collect(manager, plugin, provider, components)
+    return Registry(components, tuple(providers.values()), manager.hook)
+
+
+def _provider(entry: EntryPoint) -> Provider:
+    if entry.dist is None:
+        return Provider(entry.name, entry.value, "unknown")
+    return Provider(entry.name, entry.dist.name, entry.dist.version)
+
+
+def _import(entry: EntryPoint, provider: Provider) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:  # whatever a stranger's module raises becomes one clear error
+        raise PluginError(
+            f"{provider} cannot be imported from {entry.value!r}: {type(error).__name__}: {error}; mend or uninstall "
+            f"it, or set {DISABLE}={provider.plugin}"
+        ) from error
+
+
+def _check_hooks(plugin: Any, provider: Provider) -> None:
+    """Refuse what pluggy would pass over in silence: unknown hooks, hooks without the marker, no hook at all."""
+    specified = {name for name in vars(hookspecs) if name.startswith("dmmd_")}
+    marked = []
+    for name in dir(plugin):
+        if not name.startswith("dmmd_") or isinstance(getattr(plugin, name), types.ModuleType):
+            continue
+        if name not in specified:
+            raise PluginError(f"{provider} has an unknown hook {name!r}; the hooks are {', '.join(sorted(specified))}")
+        if not hasattr(getattr(plugin, name), f"{hookspecs.PROJECT}_impl"):
+            raise PluginError(f"{provider}: {name} lacks the decorator @dmmd_core.hookimpl and would never be called")
+        marked.append(name)
+    if not marked:
+        raise PluginError(f"{provider} implements no hook; it needs at least one of {', '.join(sorted(specified))}")
+
+
+def _register(manager: pluggy.PluginManager, plugin: Any, provider: Provider) -> None:
+    try:
+        manager.register(plugin, name=provider.plugin)
+        manager.check_pending()
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise PluginError(f"{provider} does not fit the hooks: {str(error).splitlines()[-1]}") from error
+
+
+def _collect(
+    manager: pluggy.PluginManager, plugin: Any, provider: Provider, components: dict[tuple[str, str], Entry]
+) -> None:
+    others = [other for other in manager.get_plugins() if other is not plugin]
+    call = manager.subset_hook_caller("dmmd_register", remove_plugins=others)
+    try:
+        call(registry=PluginRegistrar(provider, components))
+    except PluginError:
+        raise
+    except Exception as error:  # as above: a stranger's code
+        raise PluginError(
+            f"{provider} failed in dmmd_register: {type(error).__name__}: {error}; mend or uninstall it, or set "
+            f"{DISABLE}={provider.plugin}"
+        ) from error

@@ -1,0 +1,263 @@
+"""Model folders: weights, recipe, sizes and codec, and how to load them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dmmd_core.assemble import Assembly
+from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
+from dmmd_core.draws import Draws
+from dmmd_core.errors import CheckpointError, Problem, RecipeError
+from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler
+from dmmd_core.plugins import load_plugins
+from dmmd_core.recipe import Recipe
+from dmmd_core.registry import Registry
+from dmmd_core.resolve import Plan, resolve
+from dmmd_core.schema import Problems, Source, read_dataclass
+
+Role = Literal["teacher", "student"]
+_SCHEMA = 1
+
+
+def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, facts: dict[str, Any]) -> None:
+    """Write a model folder atomically.
+
+    Args:
+        path: The folder.
+        role: What the model is.
+        denoiser: Its weights.
+        assembly: Its recipe, sizes and codec.
+        facts: Further entries of ``config.json``.
+    """
+    assert assembly.spec is not None
+    codec = assembly.data.codec
+    config = {
+        "schema": _SCHEMA,
+        "role": role,
+        "spec": dataclasses.asdict(assembly.spec),
+        "codec_fingerprint": codec.fingerprint(),
+        "recipe": assembly.plan.recipe.plain(),
+        "providers": {f"{p.entry.kind}:{p.entry.name}": str(p.entry.provider) for p in assembly.plan.parts()},
+        **facts,
+    }
+
+    def fill(folder: Path) -> None:
+        save_tensors(folder / "model.safetensors", denoiser.state_dict())
+        save_tensors(folder / "codec.safetensors", codec.state())
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    write_directory(path, fill)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read and check a model folder's ``config.json``.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged or of another version.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no model folder {path}; give a run directory or its teacher or student folder")
+    verify_directory(path)
+    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if config.get("schema") != _SCHEMA:
+        raise CheckpointError(
+            f"{path / 'config.json'} has schema {config.get('schema')!r}, this version of dmmd reads {_SCHEMA}; load "
+            "it with the version that wrote it"
+        )
+    return config
+
+
+def recipe_from_plain(content: dict[str, Any], origin: str) -> Recipe:
+    """Read a recipe that was written with every default.
+
+    Raises:
+        RecipeError: It does not fit this version.
+    """
+    source = Source(origin)
+    problems = Problems(source)
+    recipe = read_dataclass(Recipe, content, "", problems, "a recipe", internal={"source": source})
+    problems.raise_if_any()
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A loaded model, ready to sample.
+
+    Attributes:
+        role: ``teacher`` or ``student``.
+        denoiser: The model in evaluation mode.
+        process: Its noise process.
+        sampler: The recipe's sampler.
+        codec: Turns tokens into media.
+        spec: Sizes.
+        trained_num_steps: Number of steps the student was trained for; None for a teacher.
+        conditional: Whether it takes class labels.
+        name: Name of the recipe.
+    """
+
+    role: str
+    denoiser: Denoiser
+    process: Process
+    sampler: Sampler
+    codec: Codec
+    spec: DataSpec
+    trained_num_steps: int | None
+    conditional: bool
+    name: str
+
+    def sample(
+        self,
+        num: int,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        label: int | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Draw samples; the same seed gives the same samples whatever the batch size.
+
+        Args:
+            num: How many.
+            steps: Sampling steps; by default what the student was trained for.
+            seed: Seed of all noise.
+            label: Class label for all of them; None draws labels uniformly where the model takes them.
+            batch_size: Samples per network call.
+
+        Returns:
+            Tokens, int64 ``[num, length]``, on the CPU; `codec` decodes them.
+
+        Raises:
+            ValueError: A label for a model without classes, one out of range, or no number of steps.
+        """
+        steps = steps or self.trained_num_steps
+        if not steps or steps < 1 or num < 1:
+            raise ValueError(f"num and steps must be at least 1, got num={num}, steps={steps}")
+        if label is not None and not self.conditional:
+            raise ValueError(f"{self.name!r} was trained without class labels; leave the label out")
+        if label is not None and not 0 <= label < (self.spec.num_classes or 0):
+            raise ValueError(f"the label must be in 0..{(self.spec.num_classes or 0) - 1}, got {label}")
+        device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
+        parts = []
+        for start in range(0, num, batch_size):
+            draws = Draws.for_range(seed, 0, start, min(batch_size, num - start), device).within("sample")
+            parts.append(self.sampler.sample(
+                self.denoiser, draws, num_steps=steps, condition=self._condition(draws, label)
+            ).tokens.cpu())  # fmt: skip
+        return torch.cat(parts)
+
+    def _condition(self, draws: Draws, label: int | None) -> Condition:
+        if not self.conditional:
+            return Condition()
+        if label is None:
+            return Condition(label=draws.integers("label", self.spec.num_classes or 1))
+        return Condition(label=torch.full((draws.batch,), label, device=draws.device))
+
+
+def load_student(path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None) -> SavedModel:
+    """Load the student of a run.
+
+    Args:
+        path: A run directory or its ``student`` folder.
+        device: Where to put the model.
+        registry: The components; all installed plugins by default.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or its weights do not fit.
+        RecipeError: A component that it needs is not installed.
+    """
+    return _load(_folder(path, "student"), "student", device, registry)
+
+
+def load_teacher(path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None) -> SavedModel:
+    """Load the teacher that a run trained; arguments and errors as for `load_student`."""
+    return _load(_folder(path, "teacher"), "teacher", device, registry)
+
+
+def _folder(path: str | Path, role: str) -> Path:
+    path = Path(path)
+    return path / role if (path / role).is_dir() or not (path / "config.json").exists() else path
+
+
+def load_model_weights(path: str | Path, role: Role, denoiser: Denoiser, codec: Codec) -> None:
+    """Load the weights of a model folder strictly into a denoiser built elsewhere.
+
+    Args:
+        path: A run directory or a model folder.
+        role: What the model must be.
+        denoiser: Takes the weights.
+        codec: Must have the fingerprint of the codec that the model was trained with.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged, speaks other tokens, or its weights do not fit.
+    """
+    folder = _folder(path, role)
+    config = read_config(folder)
+    if config["role"] != role:
+        raise CheckpointError(f"{folder} holds a {config['role']}, not a {role}")
+    if config["codec_fingerprint"] != codec.fingerprint():
+        raise CheckpointError(
+            f"{folder} was trained on tokens of codec {config['codec_fingerprint']}, the data of this recipe speaks "
+            f"{codec.fingerprint()}"
+        )
+    load_weights(denoiser, load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+
+
+def plan_of(config: dict[str, Any], origin: str, registry: Registry) -> Plan:
+    """Resolve the recipe in a model folder's config.
+
+    Raises:
+        RecipeError: A component is missing; names who provided it when the model was saved.
+    """
+    recipe = recipe_from_plain(config["recipe"], origin)
+    try:
+        return resolve(recipe, registry)
+    except RecipeError as error:
+        providers = "; ".join(f"{name} from {provider}" for name, provider in sorted(config["providers"].items()))
+        hint = Problem("", f"the model was saved with these components: {providers}", origin)
+        raise RecipeError([*error.problems, hint]) from error
+
+
+def load_codec(folder: Path, assembly: Assembly, codec: Codec, fingerprint: str) -> Codec:
+    """Restore a codec's state and check that it is the one the model was trained with."""
+    codec.load_state(load_tensors(folder / "codec.safetensors"))
+    if codec.fingerprint() != fingerprint:
+        raise CheckpointError(
+            f"the codec in {folder} has fingerprint {codec.fingerprint()}, but the model was trained with {fingerprint}"
+        )
+    return codec
+
+
+def _load(folder: Path, role: Role, device: str | torch.device, registry: Registry | None) -> SavedModel:
+    config = read_config(folder)
+    if config["role"] != role:
+        raise CheckpointError(f"{folder} holds a {config['role']}, not a {role}")
+    plan = plan_of(config, str(folder / "config.json"), registry or load_plugins())
+    assembly = Assembly(plan)
+    spec = assembly.spec
+    assert spec is not None
+    if json.loads(json.dumps(dataclasses.asdict(spec))) != config["spec"]:
+        raise CheckpointError(f"{folder} was saved with sizes {config['spec']}, its recipe now gives {spec}")
+    codec = load_codec(folder, assembly, assembly.data.codec, config["codec_fingerprint"])
+    backbone = assembly.backbone()
+    denoiser: Denoiser = assembly.network() if role == "teacher" else assembly.generator(backbone)
+    load_weights(denoiser, load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    return SavedModel(
+        role=role,
+        denoiser=denoiser.to(device).eval().requires_grad_(False),
+        process=assembly.process,
+        sampler=assembly.sampler,
+        codec=codec,
+        spec=spec,
+        trained_num_steps=config.get("trained_num_steps"),
+        conditional="labels" in plan.backbone.provides(),
+        name=plan.recipe.name,
+    )

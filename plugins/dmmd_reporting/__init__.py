@@ -1,0 +1,1 @@
+"""Reporting through hooks: terminal progress, log, pictures and reports."""

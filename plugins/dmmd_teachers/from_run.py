@@ -1,0 +1,56 @@
+"""The teacher of another run, or one saved in a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dmmd_core import (
+    Backbone,
+    Codec,
+    Denoiser,
+    FieldError,
+    NetworkDenoiser,
+    Process,
+    Teacher,
+    load_model_weights,
+    option,
+)
+
+
+class FromRun(Teacher):
+    """Weights of a teacher trained before, loaded strictly into this recipe's backbone.
+
+    Backbone, sizes and codec fingerprint must be those that the teacher was trained with.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Parameters."""
+
+        path: str = option(help="a run directory or a teacher folder")
+
+    def __init__(self, config: FromRun.Config, *, process: Process, backbone: Backbone, codec: Codec) -> None:
+        self.config = config
+        self.process = process
+        self.backbone = backbone
+        self.codec = codec
+
+    @classmethod
+    def provides(cls, config: Any) -> frozenset[str]:
+        """See `Component.provides`."""
+        return frozenset({"weights"})
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse a path that is not there before anything is built."""
+        from pathlib import Path
+
+        if not Path(config.path).is_dir():
+            raise FieldError("path", f"there is no directory {config.path!r}; give a run directory or a teacher folder")
+
+    def denoiser(self) -> Denoiser:
+        """See `Teacher.denoiser`."""
+        denoiser = NetworkDenoiser(self.backbone, self.process)
+        load_model_weights(self.config.path, "teacher", denoiser, self.codec)
+        return denoiser
