@@ -124,7 +124,8 @@ class Draws:
 
     def normal(self, stream: str, shape: Sequence[int] = ()) -> Tensor:
         """Draw standard Gaussians, float32 ``[batch, *shape]``, by the inverse distribution function."""
-        return torch.special.ndtri(self.uniform(stream, shape)).float()
+        gaussian: Tensor = torch.special.ndtri(self.uniform(stream, shape))
+        return gaussian.float()
 
     def categorical(self, stream: str, probs: Tensor) -> Tensor:
         """Draw one category per sample and position.

@@ -33,7 +33,7 @@ from dmmd_core.precision import choose_device, choose_precision
 from dmmd_core.recipe import TrainSection, differing_keys
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Part, Plan
-from dmmd_core.saved import read_config, recipe_from_plain, save_model
+from dmmd_core.saved import Role, read_config, recipe_from_plain, save_model
 from dmmd_core.schema import read_yaml
 from dmmd_core.train import Trainer
 
@@ -157,7 +157,7 @@ class Run:
                 )
                 trainer = Trainer(self, stage, objective, section, self.directory / "checkpoints" / stage)
                 trained = trainer.train()
-                role = "student" if stage == "distill" else "teacher"
+                role: Role = "student" if stage == "distill" else "teacher"
                 facts = {"trained_num_steps": num_steps, "ema": section.ema > 0, "training_steps": section.steps}
                 save_model(folder, role, trained.model, self.assembly, facts)
                 return {**trained.metrics, "seconds": trained.seconds}

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dmmd_core.errors import FieldError, Problem, RecipeError
+from dmmd_core.errors import FieldError, Problem
 from dmmd_core.interfaces.component import Slot, option, slot
 from dmmd_core.schema import Problems, Source, read_dataclass, read_yaml, refuse_interpolation
 

@@ -162,7 +162,9 @@ class SavedModel:
         return Condition(label=torch.full((draws.batch,), label, device=draws.device))
 
 
-def load_student(path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None) -> SavedModel:
+def load_student(
+    path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
+) -> SavedModel:
     """Load the student of a run.
 
     Args:
@@ -177,7 +179,9 @@ def load_student(path: str | Path, *, device: str | torch.device = "cpu", regist
     return _load(_folder(path, "student"), "student", device, registry)
 
 
-def load_teacher(path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None) -> SavedModel:
+def load_teacher(
+    path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
+) -> SavedModel:
     """Load the teacher that a run trained; arguments and errors as for `load_student`."""
     return _load(_folder(path, "teacher"), "teacher", device, registry)
 

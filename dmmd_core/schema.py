@@ -225,7 +225,8 @@ def _read_slot(value: Any, key: str, problems: Problems) -> Slot | None:
 
 def _read_leaf(value: Any, key: str, problems: Problems, spec: dataclasses.Field[Any], base: DictConfig) -> Any:
     try:
-        typed = OmegaConf.merge(base, {spec.name: value})[spec.name]
+        merged: Any = OmegaConf.merge(base, {spec.name: value})
+        typed = merged[spec.name]
     except OmegaConfBaseException as error:
         problems.add(key, f"{_lower(_first_line(error))}{_help(spec)}")
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -62,7 +63,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def slot(kind: str, default: str | None | Any = dataclasses.MISSING, *, help: str, many: bool = False) -> Any:
+def slot(kind: str, default: str | Any | None = dataclasses.MISSING, *, help: str, many: bool = False) -> Any:
     """Declare a field of a Config that another component fills.
 
     The built component reaches the constructor as a keyword argument of the field's name.
@@ -85,11 +86,11 @@ def slot(kind: str, default: str | None | Any = dataclasses.MISSING, *, help: st
 
 def bound_problem(value: Any, metadata: Mapping[str, Any]) -> str | None:
     """Say how `value` breaks the bounds in a field's metadata, or return None."""
-    checks = {
-        "minimum": ("at least", lambda v, b: v >= b),
-        "above": ("above", lambda v, b: v > b),
-        "maximum": ("at most", lambda v, b: v <= b),
-        "below": ("below", lambda v, b: v < b),
+    checks: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+        "minimum": ("at least", operator.ge),
+        "above": ("above", operator.gt),
+        "maximum": ("at most", operator.le),
+        "below": ("below", operator.lt),
     }
     values = value if isinstance(value, list | tuple) else [value]
     for name, bound in metadata.get("bounds", {}).items():

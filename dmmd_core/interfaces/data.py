@@ -63,7 +63,7 @@ class Data(Component, ABC):
     spec: DataSpec
     codec: Codec
 
-    def prepare(self) -> None:  # noqa: B027 - optional
+    def prepare(self) -> None:
         """Load, fit the codec, build caches; called once before any other method but `spec`."""
 
     @abstractmethod

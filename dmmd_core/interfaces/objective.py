@@ -74,7 +74,7 @@ class Objective(Component, ABC):
             draws: All randomness of this step.
         """
 
-    def after_update(self, step: int) -> None:  # noqa: B027 - optional
+    def after_update(self, step: int) -> None:
         """Called after the optimisers have stepped, for example to replace the teacher by its student."""
 
     def state(self) -> Mapping[str, Any]:
