@@ -124,7 +124,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         with autocast(self.run.device, self.run.precision):
             losses = self.objective.loss(turn, batch, draws)
-        torch.stack([loss.float() for loss in losses.by_player.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack([loss.float() for loss in losses.by_player.values()]).sum().backward()
         rate = learning_rate(section.optimizer, step, section.steps)
         for name in turn:
             player, optimizer = self.players[name], self.optimizers[name]

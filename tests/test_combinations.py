@@ -1,0 +1,132 @@
+"""Swapping one component needs no other change: every combination runs at smoke size or is refused by declaration."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_recipe
+
+from dmmd_core import Registry, RunError, load_plugins
+from dmmd_core.errors import RecipeError
+from dmmd_core.pipeline import Run
+from dmmd_core.resolve import resolve
+from dmmd_core.saved import recipe_from_plain
+
+TRAIN = {"steps": 2, "batch_size": 4, "log_every": 1}
+INITIALIZE = {"objective": {"name": "denoising", "params": {"target": "teacher"}}, **TRAIN}
+TRAINED = {"objective": {"name": "denoising"}, "train": TRAIN}
+
+AXES: dict[str, dict[str, dict[str, Any]]] = {
+    "data": {
+        "tied_coins": {"name": "tied_coins"},
+        "markov_chain": {"name": "markov_chain", "params": {"letters": 3, "length": 3}},
+        "mixture": {"name": "mixture"},
+        "digits_vq": {"name": "digits", "params": {"codec": {"name": "kmeans_patches", "params": {"codes": 8}}}},
+        "digits_pixels": {"name": "digits", "params": {"codec": {"name": "pixels"}}},
+    },
+    "process": {
+        "masked": {"name": "masked"},
+        "masked_elbo": {"name": "masked", "params": {"weight": "elbo", "schedule": {"name": "cosine"}}},
+        "uniform": {"name": "uniform", "params": {"schedule": {"name": "polynomial"}}},
+        "uniform_elbo": {
+            "name": "uniform",
+            "params": {"loss": "posterior_kl", "weight": "elbo", "parametrization": "leave_one_out"},
+        },
+    },
+    "backbone": {
+        "mlp": {"name": "mlp", "params": {"width": 8, "depth": 1, "embedding_width": 4}},
+        "transformer": {"name": "transformer", "params": {"width": 8, "depth": 1, "heads": 1}},
+        "transformer_grid": {
+            "name": "transformer",
+            "params": {"width": 8, "depth": 1, "heads": 1, "layout": "grid", "positions": "learned"},
+        },
+        "transformer_classes": {
+            "name": "transformer",
+            "params": {"width": 8, "depth": 1, "heads": 1, "class_conditional": True},
+        },
+    },
+    "generator": {
+        "deterministic": {"name": "deterministic"},
+        "sequence": {"name": "noise_conditioned", "params": {"latent": "sequence", "width": 2}},
+        "position": {"name": "noise_conditioned", "params": {"latent": "position", "width": 2}},
+        "pyramid": {"name": "noise_conditioned", "params": {"latent": "pyramid", "width": 2}},
+    },
+    "objective": {
+        "hard": {"name": "moment_matching"},
+        "soft": {"name": "moment_matching", "params": {"auxiliary_target": "soft", "turns": "alternate"}},
+        "posterior_shaped": {
+            "name": "moment_matching",
+            "params": {"auxiliary_target": "posterior", "temperature": 0.8, "top_p": 0.9, "chunk_rows": 5},
+        },
+    },
+    "teacher": {"trained": {}, "exact": {}},
+}
+
+
+def _refused(choice: dict[str, str]) -> bool:
+    """The refusals, in words: all that cannot be combined, and nothing else."""
+    digits = choice["data"].startswith("digits")
+    return (
+        (choice["teacher"] == "exact" and digits)  # too many sequences to sum over
+        or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not digits)  # no grid, no labels
+        or (choice["generator"] == "pyramid" and not digits)  # no grid
+        or (choice["objective"] == "soft" and choice["process"].startswith("uniform"))  # not exact there
+    )
+
+
+def _combinations() -> list[dict[str, str]]:
+    """All choices of all pairs of axes, the other axes at their first fitting choice."""
+    base = {
+        "data": "markov_chain", "process": "masked", "backbone": "mlp", "generator": "sequence", "objective": "hard",
+        "teacher": "trained",
+    }  # fmt: skip
+    found = {}
+    for first, second in itertools.combinations(AXES, 2):
+        for one, two in itertools.product(AXES[first], AXES[second]):
+            choice = {**base, first: one, second: two}
+            found[tuple(choice.values())] = choice
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return load_plugins()
+
+
+@pytest.mark.parametrize("choice", _combinations(), ids=lambda choice: "-".join(choice.values()))
+def test_every_pair_of_components_runs_or_is_refused(
+    choice: dict[str, str], registry: Registry, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {axis: AXES[axis][name] for axis, name in choice.items() if axis != "teacher"}
+    exact = choice["teacher"] == "exact"
+    sections["teacher"] = {"load": {"name": "exact"}} if exact else TRAINED
+    sections["distill"] = {"num_steps": 2, **TRAIN, **({"initialize": INITIALIZE} if exact else {})}
+    sections["evaluate"] = {"teacher_steps": [1], "student_steps": [2], "num_samples": 4, "metrics": []}
+    recipe = recipe_from_plain(tiny_recipe(tmp_path, **sections), "recipe")
+    if _refused(choice):
+        with pytest.raises(RecipeError, match="needs capability"):
+            resolve(recipe, registry)
+        return
+    run = Run(resolve(recipe, registry), registry)
+    run.execute()
+    samples = run.samples("student", 2)
+    assert samples is not None
+    assert run.assembly.spec is not None
+    assert samples.tokens.shape == (4, run.assembly.spec.length)
+    assert 0 <= int(samples.tokens.min()) <= int(samples.tokens.max()) < run.assembly.spec.vocab_size
+
+
+def test_the_axes_name_every_component_in_the_tree(registry: Registry) -> None:
+    for kind in ("data", "process", "backbone", "generator", "teacher"):
+        used = {choice["name"] for choice in AXES[kind].values() if "name" in choice} | {"exact", "from_run"}
+        assert set(registry.names(kind)) <= used, f"add the new {kind} to AXES"
+
+
+def test_a_run_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    registry = load_plugins()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="single process"):
+        Run(resolve(recipe_from_plain(tiny_recipe(tmp_path), "recipe"), registry), registry)
