@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Features,
         FiniteData,
         Generator,
+        ImageCodec,
         Losses,
         Metric,
         NetworkDenoiser,
@@ -72,7 +73,7 @@ _HOMES = {
     "UnsupportedError",
     "dmmd_core.hookspecs": "hookimpl",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
-    "EnumerableData Features FiniteData Generator Losses Metric NetworkDenoiser NetworkPrediction Objective Player "
+    "EnumerableData Features FiniteData Generator ImageCodec Losses Metric NetworkDenoiser NetworkPrediction Objective Player "
     "Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher Value option "
     "per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",

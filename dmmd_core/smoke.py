@@ -48,6 +48,8 @@ def smoke_settings(plan: Plan, overrides: Sequence[str]) -> list[tuple[str, Any]
     for part in plan.parts():
         smaller = part.cls.smoke(part.config)
         if smaller != part.config:
+            # A default slot is not in the file yet, so its name goes along.
+            settings.append((f"{part.key}.name", part.entry.name))
             settings += [
                 (f"{part.key}.params.{spec.name}", getattr(smaller, spec.name))
                 for spec in dataclasses.fields(smaller)

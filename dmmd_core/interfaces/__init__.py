@@ -1,7 +1,7 @@
 """Abstract interfaces: the contract between core and plugins, and nothing concrete."""
 
 from dmmd_core.interfaces.backbone import Backbone
-from dmmd_core.interfaces.codec import Codec
+from dmmd_core.interfaces.codec import Codec, ImageCodec
 from dmmd_core.interfaces.component import KINDS, Component, Requirement, Slot, option, slot
 from dmmd_core.interfaces.data import Batch, Data, DataSpec, EnumerableData, FiniteData
 from dmmd_core.interfaces.denoiser import (
@@ -42,6 +42,7 @@ __all__ = [
     "Features",
     "FiniteData",
     "Generator",
+    "ImageCodec",
     "Losses",
     "Metric",
     "NetworkDenoiser",

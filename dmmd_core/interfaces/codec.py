@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -41,3 +42,26 @@ class Codec(Component, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal digest of everything that decides what a token means."""
+
+
+class ImageCodec(Codec):
+    """A codec of images that knows its sizes before it is fitted.
+
+    Attributes:
+        vocab_size: Number of tokens.
+        image_shape: ``(channels, height, width)`` of the images.
+        grid: Shape of the token grid.
+    """
+
+    media: Media = "image"
+    vocab_size: int
+    image_shape: tuple[int, int, int]
+    grid: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens per image."""
+        return math.prod(self.grid)
+
+    def fit(self, images: Tensor) -> None:  # noqa: B027 - a codec need not learn
+        """Fit to images, uint8 ``[n, channels, height, width]``; the same images give the same codec."""

@@ -1,0 +1,1 @@
+"""Codecs: plain integers, pixel levels, and k-means patches."""

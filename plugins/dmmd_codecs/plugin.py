@@ -1,0 +1,17 @@
+"""Registers the codecs."""
+
+from __future__ import annotations
+
+from dmmd_core import PluginRegistrar, hookimpl
+
+
+@hookimpl
+def dmmd_register(registry: PluginRegistrar) -> None:
+    """Register the components of this package."""
+    from dmmd_codecs.integers import Integers
+    from dmmd_codecs.kmeans_patches import KMeansPatches
+    from dmmd_codecs.pixels import Pixels
+
+    registry.add("codec", "integers", Integers)
+    registry.add("codec", "pixels", Pixels)
+    registry.add("codec", "kmeans_patches", KMeansPatches)

@@ -1,0 +1,25 @@
+"""Registers the metrics and feature networks."""
+
+from __future__ import annotations
+
+from dmmd_core import PluginRegistrar, hookimpl
+
+
+@hookimpl
+def dmmd_register(registry: PluginRegistrar) -> None:
+    """Register the components of this package."""
+    from dmmd_metrics.class_histogram import ClassHistogram
+    from dmmd_metrics.classifier import SmallClassifier
+    from dmmd_metrics.copies import Copies
+    from dmmd_metrics.entropy import TokenEntropy
+    from dmmd_metrics.frechet import FrechetDistance
+    from dmmd_metrics.product_bound import ProductBound
+    from dmmd_metrics.total_variation import TotalVariation
+
+    registry.add("features", "small_classifier", SmallClassifier)
+    registry.add("metric", "total_variation", TotalVariation)
+    registry.add("metric", "product_bound", ProductBound)
+    registry.add("metric", "frechet_distance", FrechetDistance)
+    registry.add("metric", "class_histogram", ClassHistogram)
+    registry.add("metric", "token_entropy", TokenEntropy)
+    registry.add("metric", "copies", Copies)
