@@ -1,0 +1,60 @@
+"""``log.jsonl``: one JSON object a line, appended and flushed at once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """An append-only log.
+
+    Args:
+        path: The file; created on the first write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+
+    def write(self, event: str, **content: Any) -> None:
+        """Append one event with the time in seconds since the epoch."""
+        if self._file is None:
+            # A line cut short by a crash must not swallow the next one.
+            torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+            self._file = self.path.open("a", encoding="utf-8")
+            if torn and self.path.stat().st_size:
+                self._file.write("\n")
+        self._file.write(json.dumps({"time": round(time.time(), 3), "event": event, **content}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a log; lines cut short by a crash are passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def loss_curves(path: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """Collect training metrics: stage, metric, step to value; a step logged twice counts once, the later time."""
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    for event in read_log(path):
+        if event.get("event") == "step" and event["stage"] != "evaluate":
+            stage = curves.setdefault(event["stage"], {})
+            for name, value in event["metrics"].items():
+                stage.setdefault(name, {})[event["step"]] = value
+    return curves
