@@ -32,6 +32,13 @@ def image_grid(images: Tensor, columns: int = 0, tile: int = 64) -> Tensor:
     return grid
 
 
+def write_png(image: Tensor, path: Path) -> None:
+    """Write an image, uint8 ``[3, height, width]``, as PNG."""
+    from PIL import Image
+
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG")
+
+
 def write_media(codec: Codec, tokens: Tensor, folder: Path, name: str) -> list[Path]:
     """Decode tokens and write them: a PNG grid, a text file, and the tokens themselves as ``.npy``.
 
@@ -49,10 +56,8 @@ def write_media(codec: Codec, tokens: Tensor, folder: Path, name: str) -> list[P
     np.save(written[0], tokens.numpy())
     media: Any = codec.decode(tokens)
     if codec.media == "image":
-        from torchvision.io import write_png
-
         written.append(folder / f"{name}.png")
-        write_png(image_grid(torch.as_tensor(media)), str(written[-1]))
+        write_png(image_grid(torch.as_tensor(media)), written[-1])
     else:
         lines = media if codec.media == "text" else [" ".join(map(str, row)) for row in tokens.tolist()]
         written.append(folder / f"{name}.txt")

@@ -14,7 +14,7 @@ import torch
 
 from dmmd_core import Codec, Run
 from dmmd_core.checkpoint import write_text
-from dmmd_core.media import image_grid
+from dmmd_core.media import image_grid, write_png
 from dmmd_reporting.log import loss_curves
 from dmmd_reporting.plots import plot_losses, plot_quality
 from dmmd_reporting.summary import summarize
@@ -129,8 +129,6 @@ def _exhibit(run: Run, codec: Codec, title: str, name: str, tokens: torch.Tensor
 
 
 def _picture(run: Run, title: str, name: str, images: torch.Tensor) -> Exhibit:
-    from torchvision.io import write_png
-
     path = f"samples/{name}.png"
-    write_png(image_grid(images, columns=_COLUMNS, tile=48), str(run.directory / path))
+    write_png(image_grid(images, columns=_COLUMNS, tile=48), run.directory / path)
     return Exhibit(title, path, [])
