@@ -136,7 +136,8 @@ class Transformer(Backbone):
             self.register_buffer("sine", angles.sin(), persistent=False)
         else:
             # A grid's position is the sum of one learned vector per axis.
-            self.axes = nn.ParameterList(nn.Parameter(torch.randn(extent, config.width) * 0.02) for extent in axes)
+            scale = 1 / math.sqrt(len(axes))
+            self.axes = nn.ParameterList(nn.Parameter(scale * torch.randn(extent, config.width)) for extent in axes)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 2 * config.width)

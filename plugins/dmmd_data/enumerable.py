@@ -74,7 +74,7 @@ class MarkovChain(_Enumerable):
     def _compute(self) -> Tensor:
         letters = self.config.letters
         source = torch.Generator().manual_seed(self.config.seed)
-        logits = torch.randn(letters, letters, generator=source, dtype=torch.float64)
+        logits = torch.randn(letters, letters, generator=source).double()
         rows = (self.config.sharpness * logits).softmax(-1)
         sequences = self.sequences()
         probs = torch.full((len(sequences),), 1.0 / letters, dtype=torch.float64)
@@ -105,7 +105,7 @@ class Mixture(_Enumerable):
         config = self.config
         source = torch.Generator().manual_seed(config.seed)
         shape = (config.components, config.length, config.letters)
-        tables = (config.sharpness * torch.randn(shape, generator=source, dtype=torch.float64)).softmax(-1)
+        tables = (config.sharpness * torch.randn(shape, generator=source).double()).softmax(-1)
         sequences = self.sequences()
         positions = torch.arange(config.length)
         per_component = torch.stack([table[positions, sequences].prod(-1) for table in tables])

@@ -172,10 +172,10 @@ class MomentMatching(Objective):
     ) -> Tensor:
         """Losses of both players, student entropy and teacher-auxiliary gap, ``[4, rows]``."""
         floor = math.log(self.config.probability_floor)
-        with torch.no_grad():
-            log_theta = teacher.log_probs(rows.index).to(rows.weight.dtype)
         with torch.set_grad_enabled("auxiliary" in turn):
             log_phi = auxiliary.log_probs(rows.index)
+        with torch.no_grad():  # an exact teacher speaks float64, the networks float32
+            log_theta = teacher.log_probs(rows.index).to(log_phi.dtype)
         with torch.set_grad_enabled("student" in turn):
             log_p = prediction.log_probs(rows.index)
             p = log_p.exp()

@@ -1,0 +1,93 @@
+"""Ancestral sampling: exact propagation, and draws that follow it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dmmd_codecs.integers import Integers
+from dmmd_data.enumerable import MarkovChain, TiedCoins
+from dmmd_metrics.product_bound import best_product
+from dmmd_samplers.ancestral import Ancestral
+from dmmd_teachers.exact import Exact
+from worlds import make_process
+
+from dmmd_core import Condition, Denoiser, Draws, EnumerableData, UnsupportedError
+
+CODEC = Integers(Integers.Config())
+
+
+def _setup(name: str, data: EnumerableData) -> tuple[Ancestral, Denoiser]:
+    process = make_process(name, data.spec.vocab_size)
+    sampler = Ancestral(Ancestral.Config(), process=process, length=data.spec.length)
+    return sampler, Exact(Exact.Config(), process=process, data=data).denoiser()
+
+
+@pytest.mark.parametrize("steps", range(1, 65))
+def test_tied_coins_have_total_variation_one_over_two_k(steps: int) -> None:
+    data = TiedCoins(TiedCoins.Config(), codec=CODEC)
+    sampler, teacher = _setup("masked", data)
+    given = sampler.distribution(teacher, num_steps=steps)
+    distance = float((given - data.probabilities()).abs().sum() / 2)
+    assert distance == pytest.approx(1 / (2 * steps), abs=1e-12)
+
+
+def test_no_product_distribution_comes_nearer_to_tied_coins_than_root_two_minus_one() -> None:
+    data = TiedCoins(TiedCoins.Config(), codec=CODEC)
+    bound = best_product(data.probabilities(), 2, 2, starts=16, steps=1500, seed=0)
+    assert float(bound) == pytest.approx(2**0.5 - 1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_samples_follow_the_exact_distribution(name: str, steps: int) -> None:
+    data = MarkovChain(MarkovChain.Config(letters=2, length=3), codec=CODEC)
+    sampler, teacher = _setup(name, data)
+    probs = sampler.distribution(teacher, num_steps=steps)
+    assert float(probs.sum()) == pytest.approx(1, abs=1e-10)
+    count = 40_000
+    samples = sampler.sample(teacher, Draws.for_range(0, 0, 0, count), num_steps=steps, last_step=True)
+    counts = (samples.tokens @ torch.tensor([4, 2, 1])).bincount(minlength=8)
+    assert bool(((counts - count * probs).abs() <= 6 * (count * probs * (1 - probs)).sqrt() + 1e-6).all())
+    assert samples.last_log_probs is not None
+    last = samples.last_log_probs.exp()
+    joint = torch.einsum("na,nb,nc->abc", last[:, 0], last[:, 1], last[:, 2]).flatten() / count
+    # Averaged last-step probabilities estimate the same distribution with no more noise than counting.
+    assert bool(((joint - probs).abs() <= 6 * (probs * (1 - probs) / count).sqrt() + 1e-8).all())
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_a_batch_split_gives_the_same_samples(name: str) -> None:
+    sampler, teacher = _setup(name, MarkovChain(MarkovChain.Config(letters=3, length=4), codec=CODEC))
+    whole = sampler.sample(teacher, Draws.for_range(0, 0, 0, 20), num_steps=4).tokens
+    parts = [sampler.sample(teacher, Draws.for_range(0, 0, i, 5), num_steps=4).tokens for i in (0, 5, 10, 15)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_chunked_logits_change_nothing() -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=4), codec=CODEC)
+    sampler, teacher = _setup("masked", data)
+    chunked = Ancestral(Ancestral.Config(chunk_rows=7), process=sampler.process, length=4)
+    draws = Draws.for_range(0, 0, 0, 20)
+    first, second = (one.sample(teacher, draws, num_steps=3).tokens for one in (sampler, chunked))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_fixed_positions_stay_and_condition_the_rest(name: str) -> None:
+    data = TiedCoins(TiedCoins.Config(coins=3), codec=CODEC)
+    sampler, teacher = _setup(name, data)
+    fixed = torch.tensor([[False, True, False]]).expand(2000, -1)
+    values = torch.ones(2000, 3, dtype=torch.int64)
+    condition = Condition(fixed=fixed, values=values)
+    samples = sampler.sample(teacher, Draws.for_range(0, 0, 0, 2000), num_steps=2, condition=condition).tokens
+    assert bool((samples[:, 1] == 1).all())
+    # One coin known, the masked teacher knows the others for certain.
+    if name == "masked":
+        assert bool((samples == 1).all())
+
+
+def test_too_large_a_world_is_refused() -> None:
+    data = MarkovChain(MarkovChain.Config(letters=5, length=6), codec=CODEC)
+    sampler, teacher = _setup("masked", data)
+    with pytest.raises(UnsupportedError, match="too many to enumerate"):
+        sampler.distribution(teacher, num_steps=1)
