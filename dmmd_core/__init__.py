@@ -73,9 +73,9 @@ _HOMES = {
     "UnsupportedError",
     "dmmd_core.hookspecs": "hookimpl",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
-    "EnumerableData Features FiniteData Generator ImageCodec Losses Metric NetworkDenoiser NetworkPrediction Objective Player "
-    "Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher Value option "
-    "per_position slot",
+    "EnumerableData Features FiniteData Generator ImageCodec Losses Metric NetworkDenoiser NetworkPrediction "
+    "Objective Player Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher "
+    "Value option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
@@ -86,7 +86,68 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = sorted(_HOME_OF)
+__all__ = [
+    "INTERFACES",
+    "KINDS",
+    "Backbone",
+    "Batch",
+    "CheckpointError",
+    "Codec",
+    "Component",
+    "Condition",
+    "Data",
+    "DataSpec",
+    "Denoiser",
+    "DmmdError",
+    "Draws",
+    "EnumerableData",
+    "Features",
+    "FieldError",
+    "FiniteData",
+    "Generator",
+    "ImageCodec",
+    "Losses",
+    "Metric",
+    "NetworkDenoiser",
+    "NetworkPrediction",
+    "Objective",
+    "Player",
+    "PluginError",
+    "PluginRegistrar",
+    "Prediction",
+    "Problem",
+    "Process",
+    "Recipe",
+    "RecipeError",
+    "Registry",
+    "Requirement",
+    "Rows",
+    "Run",
+    "RunError",
+    "Sampler",
+    "Samples",
+    "Schedule",
+    "ShapedDenoiser",
+    "Slot",
+    "Subject",
+    "TablePrediction",
+    "Teacher",
+    "UnsupportedError",
+    "Value",
+    "categorical_from_uniform",
+    "hookimpl",
+    "load_model_weights",
+    "load_plugins",
+    "load_recipe",
+    "load_student",
+    "load_teacher",
+    "option",
+    "per_position",
+    "rows_with_loss",
+    "shape_log_probs",
+    "slot",
+    "sum_over_rows",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -98,4 +159,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List the public names."""
-    return __all__
+    return list(__all__)

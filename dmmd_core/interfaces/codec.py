@@ -63,5 +63,5 @@ class ImageCodec(Codec):
         """Tokens per image."""
         return math.prod(self.grid)
 
-    def fit(self, images: Tensor) -> None:  # noqa: B027 - a codec need not learn
+    def fit(self, images: Tensor) -> None:
         """Fit to images, uint8 ``[n, channels, height, width]``; the same images give the same codec."""

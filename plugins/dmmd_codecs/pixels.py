@@ -39,9 +39,8 @@ class Pixels(ImageCodec):
         """See `Codec.decode`."""
         channels, height, width = self.image_shape
         bright = (tokens.double() * 255 / (self.vocab_size - 1)).round().to(torch.uint8)
-        return rearrange(
-            bright, "n (height width channels) -> n channels height width", height=height, width=width, channels=channels
-        )
+        pattern = "n (height width channels) -> n channels height width"
+        return rearrange(bright, pattern, height=height, width=width, channels=channels)
 
     def encode(self, media: Any) -> Tensor:
         """See `Codec.encode`; the nearest level."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmmd_core import Run
 
 
 class Log:
@@ -20,15 +24,29 @@ class Log:
         self.path = path
         self._file: Any = None
 
+    def start(self, run: Run) -> None:
+        """Append what is about to run: device, precision, sizes, choices and versions."""
+        versions = json.loads((run.directory / "plugins.json").read_text(encoding="utf-8"))
+        self.write(
+            "start",
+            name=run.plan.recipe.name,
+            device=str(run.device),
+            precision=str(run.precision).removeprefix("torch."),
+            choices=dict(run.choices),
+            sizes=dict(run.sizes),
+            versions=versions["packages"],
+        )
+
     def write(self, event: str, **content: Any) -> None:
-        """Append one event with the time in seconds since the epoch."""
+        """Append one event with the time in seconds since the epoch; numbers that are not finite become text."""
         if self._file is None:
             # A line cut short by a crash must not swallow the next one.
             torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
             self._file = self.path.open("a", encoding="utf-8")
             if torn and self.path.stat().st_size:
                 self._file.write("\n")
-        self._file.write(json.dumps({"time": round(time.time(), 3), "event": event, **content}) + "\n")
+        entry = _finite({"time": round(time.time(), 3), "event": event, **content})
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -56,5 +74,13 @@ def loss_curves(path: Path) -> dict[str, dict[str, dict[int, float]]]:
         if event.get("event") == "step" and event["stage"] != "evaluate":
             stage = curves.setdefault(event["stage"], {})
             for name, value in event["metrics"].items():
-                stage.setdefault(name, {})[event["step"]] = value
+                stage.setdefault(name, {})[event["step"]] = float(value)
     return curves
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,63 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from dmmd_core import Run, hookimpl
+from dmmd_core import hookimpl
+
+if TYPE_CHECKING:
+    from dmmd_core import Run
+    from dmmd_reporting.log import Log
+    from dmmd_reporting.terminal import Terminal
 
 
 class Reporting:
-    """Keeps one set of reporters per run, from the first hook to the last."""
+    """Keeps one terminal and one log per run, from the first hook to the last."""
 
     def __init__(self) -> None:
-        self._reporters: dict[int, tuple[Any, Any]] = {}
-
-    def _of(self, run: Run) -> tuple[Any, Any]:
-        from dmmd_reporting.log import Log
-        from dmmd_reporting.terminal import Terminal
-
-        return self._reporters.setdefault(id(run), (Terminal(run), Log(run.directory / "log.jsonl")))
+        self._reporters: WeakKeyDictionary[Run, tuple[Terminal, Log]] = WeakKeyDictionary()
 
     @hookimpl
     def dmmd_before_run(self, run: Run) -> None:
         """Print what runs, and open the log."""
-        terminal, log = self._of(run)
-        log.write("start", name=run.plan.recipe.name, device=str(run.device), choices=run.choices, sizes=run.sizes)
+        from dmmd_reporting.log import Log
+        from dmmd_reporting.terminal import Terminal
+
+        terminal, log = self._reporters[run] = Terminal(run), Log(run.directory / "log.jsonl")
+        log.start(run)
         terminal.begin(run)
 
     @hookimpl
     def dmmd_after_step(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         """Move the progress bar and log the metrics."""
-        terminal, log = self._of(run)
+        terminal, log = self._reporters[run]
         log.write("step", stage=run.stage, step=step, metrics=dict(metrics))
         terminal.step(run, step, metrics)
 
     @hookimpl
     def dmmd_after_checkpoint(self, run: Run, step: int, path: Path) -> None:
         """Log the checkpoint."""
-        self._of(run)[1].write("checkpoint", stage=run.stage, step=step, path=str(path))
+        self._reporters[run][1].write("checkpoint", stage=run.stage, step=step, path=str(path))
 
     @hookimpl
     def dmmd_after_stage(self, run: Run, stage: str, results: Mapping[str, Any]) -> None:
         """Close the stage's bar; after the evaluation draw pictures and write the reports."""
-        terminal, log = self._of(run)
+        terminal, log = self._reporters[run]
         log.write("stage", stage=stage, results=dict(results), seconds=run.stages[stage]["seconds"])
         terminal.end_stage(run, stage)
+        if stage == "evaluate":
+            self._report(run)
 
     @hookimpl
     def dmmd_after_run(self, run: Run, error: BaseException | None) -> None:
-        """Write the report of a finished run, print the closing table, close the log."""
-        terminal, log = self._reporters.pop(id(run), (None, None))
-        if terminal is None:
+        """Close bar and log; where the run finished, see that there is a report and print the closing table."""
+        reporters = self._reporters.pop(run, None)
+        if reporters is None:
             return
+        terminal, log = reporters
         terminal.stop()
         log.write("end", error=None if error is None else f"{type(error).__name__}: {error}")
         log.close()
         if error is None:
-            from dmmd_reporting.report import write_report
-
-            write_report(run)
+            if not all((run.directory / name).exists() for name in ("report.md", "report.html")):
+                self._report(run)
             terminal.closing_table(run)
+
+    def _report(self, run: Run) -> None:
+        from dmmd_reporting.report import write_report
+
+        write_report(run)
 
 
 _reporting = Reporting()

@@ -6,87 +6,89 @@ import base64
 import json
 import os
 import platform
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dmmd_core import Codec, Run
 from dmmd_core.checkpoint import write_text
-from dmmd_core.media import image_grid, write_png
 from dmmd_reporting.log import loss_curves
-from dmmd_reporting.plots import plot_losses, plot_quality
-from dmmd_reporting.summary import summarize
+from dmmd_reporting.pictures import draw_exhibits
+from dmmd_reporting.plots import plot_quality, plot_training
+from dmmd_reporting.summary import format_value, summarize
 
-_TILES = 36
-_COLUMNS = 6
-_LINES = 12
+if TYPE_CHECKING:
+    from dmmd_core import Run
 
-
-@dataclass(frozen=True)
-class Exhibit:
-    """Samples to look at: a picture, or lines of text.
-
-    Attributes:
-        title: What it shows.
-        picture: PNG relative to the run directory, or None.
-        lines: Text samples.
-    """
-
-    title: str
-    picture: str | None
-    lines: list[str]
+_PROVENANCE = ("num_samples", "reference", "sampler", "dtype", "ema", "seed")
 
 
 def write_report(run: Run) -> None:
-    """Draw all pictures of a finished run and write both reports."""
-    plots = run.directory / "plots"
-    plots.mkdir(exist_ok=True)
+    """Draw all pictures of an evaluated run and write both reports."""
     results = run.metrics["results"]
     summary = summarize(results)
-    quality = [
-        f"plots/{metric}.png" for metric in summary.columns if plot_quality(results, metric, plots / f"{metric}.png")
-    ]
-    losses = [
-        f"plots/loss_{stage}.png"
-        for stage, curves in loss_curves(run.directory / "log.jsonl").items()
-        if plot_losses(curves, stage, plots / f"loss_{stage}.png")
-    ]
+    versions = json.loads((run.directory / "plugins.json").read_text(encoding="utf-8"))
+    timing = run.metrics["timing"]
     context = {
         "name": run.plan.recipe.name,
         "summary": summary,
         "student_steps": run.plan.recipe.distill.num_steps,
-        "quality": quality,
-        "losses": losses,
-        "exhibits": _exhibits(run),
-        "facts": run.metrics["facts"],
-        "timing": {n: s for n, s in run.metrics["timing"].items() if not isinstance(s, dict)},
+        "quality": _quality_plots(run),
+        "training": _training_plots(run),
+        "exhibits": draw_exhibits(run),
+        "figures": [_figure(row) for row in results],
+        "provenance": [name.replace("_", " ").replace("num ", "") for name in _PROVENANCE],
+        "facts": {name.replace("_", " "): _fact(value) for name, value in run.metrics["facts"].items()},
+        "timing": {name: seconds for name, seconds in timing.items() if not isinstance(seconds, dict)},
+        "sampling": {_sampled(name): seconds for name, seconds in timing.get("sampling", {}).items()},
         "machine": _machine(run),
         "references": sorted({row["reference"] for row in results if row["reference"]}),
-        "recipe": (run.directory / "recipe.yaml").read_text(encoding="utf-8"),
-        "versions": json.loads((run.directory / "plugins.json").read_text(encoding="utf-8")),
+        "recipe": (run.directory / "recipe.yaml").read_text(encoding="utf-8").rstrip(),
+        "versions": versions,
     }
     write_text(run.directory / "report.md", _render("report.md.jinja", context, run.directory))
     write_text(run.directory / "report.html", _render("report.html.jinja", context, run.directory))
 
 
-def _render(template: str, context: dict[str, Any], directory: Path) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=template.endswith(".html.jinja"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.globals["embed"] = lambda path: _embed(directory / path)
-    return environment.get_template(template).render(context)
+def _quality_plots(run: Run) -> dict[str, str]:
+    """Draw every metric; returns description to path within the run directory."""
+    results = run.metrics["results"]
+    drawn = {}
+    for metric in dict.fromkeys(row["metric"] for row in results):
+        path = f"plots/{_file_name(metric)}.png"
+        if plot_quality(results, metric, _ready(run.directory / path)):
+            drawn[f"{metric.replace('_', ' ')} against sampling steps"] = path
+    return drawn
 
 
-def _embed(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _training_plots(run: Run) -> dict[str, str]:
+    """Draw every training metric of every stage; returns description to path within the run directory."""
+    drawn = {}
+    for stage, curves in loss_curves(run.directory / "log.jsonl").items():
+        for metric, curve in curves.items():
+            title = f"{stage}: {metric.replace('_', ' ')}"
+            path = f"plots/training_{_file_name(stage)}_{_file_name(metric)}.png"
+            if metric != "learning_rate" and plot_training(curve, title, _ready(run.directory / path)):
+                drawn[title] = path
+    return drawn
+
+
+def _figure(row: dict[str, Any]) -> list[str]:
+    """One row of the table of all figures: model, steps, metric, value, then where it comes from."""
+    value = format_value(row["value"], row["standard_error"])
+    known = ["" if row[name] is None else str(row[name]) for name in _PROVENANCE]
+    return [row["model"], str(row["num_steps"] or ""), row["metric"].replace("_", " "), value, *known]
+
+
+def _sampled(name: str) -> str:
+    model, steps = name.rsplit("_", 1)
+    return f"sampling, {model}, {steps} step{'' if steps == '1' else 's'}"
+
+
+def _fact(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _machine(run: Run) -> dict[str, str]:
@@ -100,35 +102,44 @@ def _machine(run: Run) -> dict[str, str]:
     }
 
 
-def _exhibits(run: Run) -> list[Exhibit]:
-    """Real data, then teacher and student at every number of steps."""
-    codec = run.assembly.data.codec
-    exhibits = []
-    originals = run.assembly.data.originals("test")
-    if originals is not None:
-        exhibits.append(_picture(run, "real held-out images", "real", originals[:_TILES]))
-    evaluate = run.plan.recipe.evaluate
-    jobs = [("test", 0)] + [("teacher", k) for k in evaluate.teacher_steps]
-    jobs += [("student", k) for k in evaluate.student_steps]
-    for model, steps in jobs:
-        batch = run.samples(model, steps)
-        if batch is None:
-            continue
-        plural = "" if steps == 1 else "s"
-        title = f"{model}, {steps} step{plural}" if steps else "held-out images through the codec"
-        exhibits.append(_exhibit(run, codec, title, f"{model}_{steps}", batch.tokens))
-    return exhibits
+def _render(template: str, context: dict[str, Any], directory: Path) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals["embed"] = lambda path: _embed(directory / path)
+    environment.filters["md"] = _markdown
+    environment.filters["fence"] = _fence
+    return environment.get_template(template).render(context)
 
 
-def _exhibit(run: Run, codec: Codec, title: str, name: str, tokens: torch.Tensor) -> Exhibit:
-    if codec.media == "image":
-        return _picture(run, title, name, codec.decode(tokens[:_TILES]))
-    shown = codec.decode(tokens[:_LINES])
-    lines = shown if codec.media == "text" else [" ".join(map(str, row)) for row in shown.tolist()]
-    return Exhibit(title.replace("images through the codec", "data"), None, list(lines))
+def _embed(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _picture(run: Run, title: str, name: str, images: torch.Tensor) -> Exhibit:
-    path = f"samples/{name}.png"
-    write_png(image_grid(images, columns=_COLUMNS, tile=48), run.directory / path)
-    return Exhibit(title, path, [])
+def _markdown(text: object) -> str:
+    """Make text harmless in a line or a table of Markdown."""
+    plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", plain)
+
+
+def _fence(text: str | Sequence[str]) -> str:
+    """Put text between fences longer than any run of backticks in it."""
+    body = text if isinstance(text, str) else "\n".join(text)
+    longest = max((len(found) for found in re.findall(r"`+", body)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{body}\n{fence}"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
+
+
+def _ready(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    return path

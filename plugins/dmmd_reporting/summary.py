@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,7 @@ class Summary:
 
 def summarize(results: Sequence[dict[str, Any]]) -> Summary:
     """Arrange the rows of ``metrics.json`` by model and metric."""
+    results = _told_apart(results)
     columns = list(dict.fromkeys(row["metric"] for row in results))
     keys = list(dict.fromkeys((row["model"], row["num_steps"]) for row in results))
     found = {(row["model"], row["num_steps"], row["metric"]): row for row in results}
@@ -55,13 +58,24 @@ def summarize(results: Sequence[dict[str, Any]]) -> Summary:
 
 
 def format_value(value: float, standard_error: float | None) -> str:
-    """Write a figure with three or four significant digits, and its standard error where there is one."""
+    """Write a figure with four significant digits, and its standard error where there is one."""
     text = f"{value:.4g}"
     return text if standard_error is None else f"{text} ± {standard_error:.1g}"
 
 
+def _told_apart(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Name the reference beside a metric that judged a model at one number of steps more than once."""
+    counts = Counter((row["metric"], row["model"], row["num_steps"]) for row in results)
+    several = {metric for (metric, _, _), count in counts.items() if count > 1}
+    return [
+        {**row, "metric": f"{row['metric']} ({row['reference']})"} if row["metric"] in several else row
+        for row in results
+    ]
+
+
 def _best_student(results: Sequence[dict[str, Any]], column: str) -> int | None:
     rows = [row for row in results if row["model"] == "student" and row["metric"] == column]
+    rows = [row for row in rows if not math.isnan(row["value"])]
     if len(rows) < 2 or rows[0]["lower_is_better"] is None:
         return None
     sign = 1 if rows[0]["lower_is_better"] else -1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from worlds import make_process
+
 from dmmd_codecs.integers import Integers
+from dmmd_core import Condition, Denoiser, Draws, EnumerableData, UnsupportedError
 from dmmd_data.enumerable import MarkovChain, TiedCoins
 from dmmd_metrics.product_bound import best_product
 from dmmd_samplers.ancestral import Ancestral
 from dmmd_teachers.exact import Exact
-from worlds import make_process
-
-from dmmd_core import Condition, Denoiser, Draws, EnumerableData, UnsupportedError
 
 CODEC = Integers(Integers.Config())
 

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from dmmd_codecs.integers import Integers
-from dmmd_data.enumerable import MarkovChain, Mixture, TiedCoins
-from dmmd_teachers.exact import Exact
 from worlds import make_process, naive_mean
 
+from dmmd_codecs.integers import Integers
 from dmmd_core import EnumerableData
+from dmmd_data.enumerable import MarkovChain, Mixture, TiedCoins
+from dmmd_teachers.exact import Exact
 
 CODEC = Integers(Integers.Config())
 WORLDS: dict[str, EnumerableData] = {

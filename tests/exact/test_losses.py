@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dmmd_data.enumerable import Mixture
-from dmmd_processes.uniform import Uniform
 from torch import Tensor
 from worlds import forward_matrix, make_process, naive_leave_one_out, naive_mean
 
 from dmmd_core import Codec, FieldError, Process, rows_with_loss, sum_over_rows
 from dmmd_core.loss import Rows
+from dmmd_data.enumerable import Mixture
+from dmmd_processes.uniform import Uniform
 
 ELBO = {"loss": "posterior_kl", "weight": "elbo", "parametrization": "leave_one_out"}
 

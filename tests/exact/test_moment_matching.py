@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from dmmd_objectives.moment_matching import MomentMatching
 from torch import Tensor, nn
 from worlds import make_process
 
 from dmmd_core import Batch, Condition, Denoiser, Draws, Prediction, Process, TablePrediction, shape_log_probs
+from dmmd_objectives.moment_matching import MomentMatching
 
 VOCAB, LENGTH, BATCH = 4, 3, 64
 
@@ -54,7 +54,7 @@ def _noisy(game: MomentMatching, batch: Batch, draws: Draws) -> tuple[Tensor, Te
     s, t = game.draw_times(draws)
     z_t = game.process.corrupt(batch.tokens, t, draws)
     with torch.no_grad():
-        x, z_s = game._draw_z_s(game.student(z_t, t), z_t, s, t, draws)
+        _, z_s = game._draw_z_s(game.student(z_t, t), z_t, s, t, draws)
     return s, t, z_t, z_s
 
 

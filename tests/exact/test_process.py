@@ -55,9 +55,8 @@ def test_posteriors_composed_over_any_partition_give_the_forward_marginals(proce
             for t, s in itertools.pairwise(grid):
                 alpha = process.alpha(torch.tensor([s, t], dtype=torch.float64))
                 times = torch.tensor([s, t], dtype=torch.float64)
-                table = process.posterior_probs(
-                    one_hot.expand(len(states), 1, -1), states, times[:1].expand(len(states)), times[1:].expand(len(states))
-                )  # fmt: skip
+                s_all, t_all = (time.expand(len(states)) for time in times)
+                table = process.posterior_probs(one_hot.expand(len(states), 1, -1), states, s_all, t_all)
                 weights = weights @ table[:, 0]
                 marginal = (1 - alpha[0]) * process.prior()
                 marginal[x] += alpha[0]

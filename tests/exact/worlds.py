@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 import torch
-from dmmd_processes.masked import Masked
-from dmmd_processes.schedules import Cosine, Linear, Polynomial
-from dmmd_processes.uniform import Uniform
 from torch import Tensor
 
 from dmmd_core import Process, Schedule
+from dmmd_processes.masked import Masked
+from dmmd_processes.schedules import Cosine, Linear, Polynomial
+from dmmd_processes.uniform import Uniform
 
 SCHEDULES: dict[str, Schedule] = {
     "linear": Linear(Linear.Config()),
