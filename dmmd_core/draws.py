@@ -163,4 +163,6 @@ def categorical_from_uniform(probs: Tensor, uniform: Tensor) -> Tensor:
     total = cdf[..., -1:]
     # Staying below the total keeps trailing categories of weight zero out of reach when u rounds to 1.
     target = torch.minimum(uniform.double().unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf.contiguous(), target.contiguous(), right=True).squeeze(-1)
+    drawn = torch.searchsorted(cdf.contiguous(), target.contiguous(), right=True).squeeze(-1)
+    # Only weights that are not finite get here beyond the last category; the loss will tell of them.
+    return drawn.clamp_(max=probs.shape[-1] - 1)

@@ -1,0 +1,142 @@
+"""The loop: modes, players, moving average, learning rate, and small runs whose figures move the right way."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import RECIPES, tiny_recipe
+from torch import nn
+
+from dmmd_core import RunError, load_plugins
+from dmmd_core.ema import MovingAverage
+from dmmd_core.optim import learning_rate
+from dmmd_core.pipeline import Run
+from dmmd_core.plugins import GROUP
+from dmmd_core.recipe import OptimizerSection, load_recipe
+from dmmd_core.resolve import resolve
+from dmmd_core.saved import recipe_from_plain
+from dmmd_core.train import Trainer
+
+
+def _run(recipe: dict[str, Any]) -> Run:
+    # Without observers, since these tests drive the loop by hand and not through a whole run.
+    registry = load_plugins(entry for entry in entry_points(group=GROUP) if entry.name != "reporting")
+    return Run(resolve(recipe_from_plain(recipe, "recipe"), registry), registry)
+
+
+def _distillation(tmp_path: Path, **changes: Any) -> tuple[Run, Trainer]:
+    recipe = tiny_recipe(tmp_path, teacher={"objective": {"name": "denoising"}, "train": {"steps": 1}})
+    recipe["distill"] = {"num_steps": 2, "steps": 4, "batch_size": 4, **changes}
+    recipe["backbone"] = {"name": "transformer", "params": {"width": 8, "heads": 1, "depth": 1, "dropout": 0.5}}
+    run = _run(recipe)
+    network = run.assembly.network()
+    objective = run.assembly.objective(
+        run.plan.objective,
+        network=run.assembly.generator(run.assembly.backbone()),
+        teacher=network,
+        copy_teacher=run.assembly.network,
+        num_steps=2,
+    )
+    return run, Trainer(run, "distill", objective, run.plan.recipe.distill, tmp_path / "checkpoints")
+
+
+def test_the_frozen_teacher_is_in_evaluation_mode_without_gradients(tmp_path: Path) -> None:
+    _, trainer = _distillation(tmp_path)
+    teacher = trainer.objective.frozen()["teacher"]
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer.train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(player.module.training for player in trainer.players.values())
+
+
+def test_both_players_move_and_the_result_is_averaged(tmp_path: Path) -> None:
+    _, trainer = _distillation(tmp_path, ema=0.5)
+    before = {
+        name: [parameter.clone() for parameter in player.module.parameters()]
+        for name, player in trainer.players.items()
+    }
+    trained = trainer.train()
+    for name, player in trainer.players.items():
+        moved = [not torch.equal(a, b) for a, b in zip(before[name], player.module.parameters(), strict=True)]
+        assert any(moved), name
+    student = trainer.players["student"].module
+    assert trained.model is not student
+    assert any(
+        not torch.equal(a, b) for a, b in zip(trained.model.parameters(), student.parameters(), strict=True)
+    )
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    _, trainer = _distillation(tmp_path)
+    before = torch.get_rng_state()
+    trainer.train()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(tmp_path: Path) -> None:
+    _, trainer = _distillation(tmp_path, log_every=1)
+    with torch.no_grad():
+        next(iter(trainer.players["student"].module.parameters())).fill_(torch.nan)
+    with pytest.raises(RunError, match=r"not finite at step 1 of distill"):
+        trainer.train()
+
+
+def test_moving_average_follows_its_definition() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    average = MovingAverage(module, 0.5)
+    value = float(module.weight.detach())
+    for update in range(4):
+        with torch.no_grad():
+            module.weight.fill_(float(update))
+        average.update(module)
+        decay = min(0.5, (1 + update) / (10 + update))
+        value = decay * value + (1 - decay) * update
+    assert float(average.module.weight.detach()) == pytest.approx(value, abs=1e-6)
+
+
+def test_learning_rate_rises_and_falls_as_told() -> None:
+    flat = OptimizerSection(learning_rate=1.0, warmup_steps=4)
+    assert [learning_rate(flat, step, 10) for step in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1, 1, 1]
+    linear = OptimizerSection(learning_rate=1.0, decay="linear")
+    assert [learning_rate(linear, step, 10) for step in (0, 5, 9)] == [1, 0.5, pytest.approx(0.1)]
+    cosine = OptimizerSection(learning_rate=1.0, decay="cosine")
+    assert learning_rate(cosine, 5, 10) == pytest.approx(0.5)
+
+
+def _tv(run: Run) -> dict[tuple[str, int], float]:
+    results = json.loads((run.directory / "metrics.json").read_text())["results"]
+    return {(r["model"], r["num_steps"]): r["value"] for r in results if r["metric"].endswith("total_variation")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generator", ["noise_conditioned", "deterministic"])
+def test_one_step_passes_the_product_bound_with_input_noise_and_never_without(generator: str, tmp_path: Path) -> None:
+    """Tied coins, one step: no product distribution comes nearer than sqrt(2) - 1 = 0.414."""
+    params = "{latent: sequence, width: 16, initial_scale: 3}" if generator == "noise_conditioned" else "{}"
+    overrides = [
+        f"run.directory={tmp_path / 'run'}",
+        f"generator={{name: {generator}, params: {params}}}",
+        "distill.steps=1500",
+        "distill.batch_size=256",
+        "distill.optimizer.learning_rate=1e-3",
+        "evaluate.teacher_steps=[1, 4]",
+        "evaluate.student_steps=[1]",
+    ]
+    registry = load_plugins()
+    run = Run(resolve(load_recipe(RECIPES / "exact_coins.yaml", overrides), registry), registry)
+    run.execute()
+    distances = _tv(run)
+    assert distances["teacher", 1] == pytest.approx(0.5, abs=1e-9)
+    assert distances["teacher", 4] == pytest.approx(0.125, abs=1e-9)
+    assert distances["train", 0] == pytest.approx(2**0.5 - 1, abs=1e-3)
+    if generator == "deterministic":
+        assert distances["student", 1] >= 2**0.5 - 1
+    else:
+        assert distances["student", 1] < 0.2
