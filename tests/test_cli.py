@@ -207,3 +207,11 @@ def test_public_names_are_listed_and_exist() -> None:
     assert sorted(dmmd_core.__all__) == sorted(dmmd_core._HOME_OF)
     for name in dmmd_core.__all__:
         assert getattr(dmmd_core, name) is not None
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    command = [sys.executable, "examples/use_from_python.py", str(recipe), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "samples: tokens (16, 3)" in done.stdout
