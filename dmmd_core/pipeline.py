@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ from dmmd_core.distributed import require_single_process
 from dmmd_core.draws import Draws
 from dmmd_core.errors import Interrupted, RunError
 from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Subject
-from dmmd_core.precision import choose_device, choose_precision
+from dmmd_core.precision import AutocastSampler, choose_device, choose_precision
 from dmmd_core.recipe import TrainSection, differing_keys
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Part, Plan
@@ -72,6 +72,7 @@ class Run:
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
         self.assembly = Assembly(plan, self.directory / "cache")
+        self.sampler = AutocastSampler(self.assembly.sampler, self.device, self.precision)
         self._dry_build()
 
     # ---- what observers hear --------------------------------------------------------------------------------
@@ -232,10 +233,15 @@ class Run:
         self._keep_samples(model, steps, batch)
         draws = Draws.for_range(self.seed, 0, 0, 1, self.device).within("evaluate/metric")
         subject = Subject(
-            model, steps, batch.tokens, batch.labels, denoiser, self.assembly.sampler, self.assembly.process, draws
+            model=model,
+            num_steps=steps,
+            tokens=batch.tokens,
+            labels=batch.labels,
+            denoiser=denoiser,
+            sampler=None if denoiser is None else self.sampler,
+            process=self.assembly.process,
+            draws=draws,
         )
-        if denoiser is None:
-            subject = replace(subject, sampler=None)
         shared = {
             "model": model,
             "num_steps": steps,
@@ -265,7 +271,7 @@ class Run:
                 chosen = draws.integers("label", len(train)).cpu()
                 condition = Condition(label=train.labels[chosen].to(self.device))
                 labels.append(train.labels[chosen])
-            samples = self.assembly.sampler.sample(denoiser, draws, num_steps=steps, condition=condition)
+            samples = self.sampler.sample(denoiser, draws, num_steps=steps, condition=condition)
             tokens.append(samples.tokens.cpu())
             self._stop_if_asked()
         return Batch(torch.cat(tokens), torch.cat(labels) if labels else None)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from dmmd_core.draws import Draws
 from dmmd_core.errors import RunError
+from dmmd_core.interfaces import Condition, Denoiser, Sampler, Samples
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,3 +39,38 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Context in which the networks run; weights, softmax, losses and draws keep their own precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+class AutocastSampler(Sampler):
+    """A sampler whose network calls run in the precision of the run, for evaluation and metrics alike.
+
+    Args:
+        inner: The sampler.
+        device: Where the networks are.
+        dtype: Precision of their matrix products.
+    """
+
+    def __init__(self, inner: Sampler, device: torch.device, dtype: torch.dtype) -> None:
+        self.inner = inner
+        self.device = device
+        self.dtype = dtype
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        draws: Draws,
+        *,
+        num_steps: int,
+        condition: Condition | None = None,
+        last_step: bool = False,
+    ) -> Samples:
+        """See `Sampler.sample`."""
+        with autocast(self.device, self.dtype):
+            return self.inner.sample(
+                denoiser, draws, num_steps=num_steps, condition=condition, last_step=last_step
+            )
+
+    def distribution(self, denoiser: Denoiser, *, num_steps: int) -> Tensor:
+        """See `Sampler.distribution`."""
+        with autocast(self.device, self.dtype):
+            return self.inner.distribution(denoiser, num_steps=num_steps)

@@ -1,6 +1,6 @@
 """Run a recipe and sample its student from Python.
 
-    python examples/use_from_python.py recipes/quickstart.yaml runs/quickstart
+python examples/use_from_python.py recipes/quickstart.yaml runs/quickstart
 """
 
 from __future__ import annotations

@@ -140,3 +140,28 @@ def test_one_step_passes_the_product_bound_with_input_noise_and_never_without(ge
         assert distances["student", 1] >= 2**0.5 - 1
     else:
         assert distances["student", 1] < 0.2
+
+
+def test_bfloat16_runs_train_and_sample_in_it_and_keep_float32_weights(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe["run"]["precision"] = "bfloat16"
+    recipe["evaluate"]["metrics"] = [{"name": "total_variation", "params": {"num_samples": 200, "batch_size": 50}}]
+    run = _run(recipe)
+    seen: set[torch.dtype] = set()
+    head = type(run.assembly.backbone()).head
+
+    def spy(self: Any, features: torch.Tensor) -> torch.Tensor:
+        logits = head(self, features)
+        seen.add(logits.dtype)
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.assembly.backbone()), "head", spy)
+        run.execute()
+    assert seen == {torch.bfloat16}
+    results = json.loads((run.directory / "metrics.json").read_text())["results"]
+    assert {row["dtype"] for row in results} == {"bfloat16"}
+    from safetensors.torch import load_file
+
+    weights = load_file(run.directory / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
