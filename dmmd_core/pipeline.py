@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dmmd_core.assemble import Assembly
@@ -94,16 +95,16 @@ class Run:
             RunError: The directory belongs to another recipe or to something else.
             Interrupted: `stop_requested` was set; everything done so far is safe.
         """
-        self._open_directory()
-        error: BaseException | None = None
-        try:
-            self.registry.hooks.dmmd_before_run(run=self)
-            self._stages()
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self.registry.hooks.dmmd_after_run(run=self, error=error)
+        with self._open_directory():
+            error: BaseException | None = None
+            try:
+                self.registry.hooks.dmmd_before_run(run=self)
+                self._stages()
+            except BaseException as caught:
+                error = caught
+                raise
+            finally:
+                self.registry.hooks.dmmd_after_run(run=self, error=error)
 
     def _stages(self) -> None:
         self._run_stage("data", 1, self._prepare_data)
@@ -310,8 +311,8 @@ class Run:
 
     # ---- the directory --------------------------------------------------------------------------------------
 
-    def _open_directory(self) -> None:
-        """Create the run directory, or check that it belongs to this very recipe."""
+    def _open_directory(self) -> FileLock:
+        """Create the run directory, or check that it belongs to this very recipe; returns the lock held on it."""
         directory, recipe = self.directory, self.plan.recipe
         recipe_file = directory / "recipe.yaml"
         if recipe_file.exists():
@@ -331,11 +332,19 @@ class Run:
             (directory / "cache").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"run.directory: {directory} cannot be created: {error.strerror}") from error
+        lock = FileLock(directory / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"run.directory: another process is working in {directory}; wait for it, or choose another directory"
+            ) from error
         if not recipe_file.exists():
             write_text(recipe_file, yaml.safe_dump(recipe.plain(), sort_keys=False))
             write_json(directory / "plugins.json", self._versions())
         self.stages = _read_json(directory / "stages.json", self.stages)
         self.metrics = _read_json(directory / "metrics.json", self.metrics)
+        return lock
 
     def _versions(self) -> dict[str, Any]:
         names = ["dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors"]

@@ -167,3 +167,16 @@ def test_damaged_model_folder_is_named(whole: Path, tmp_path: Path) -> None:
     model.write_bytes(model.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         load_student(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_never_work_in_one_directory(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, "a", steps=2000)
+    process = _start(recipe)
+    _wait_for(recipe.parent / "run" / "stages.json", process)
+    second = dmmd_run(recipe)
+    process.kill()
+    process.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "another process is working in" in second.stderr
+    assert "Traceback" not in second.stderr
