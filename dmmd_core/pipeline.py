@@ -95,16 +95,17 @@ class Run:
             RunError: The directory belongs to another recipe or to something else.
             Interrupted: `stop_requested` was set; everything done so far is safe.
         """
-        with self._open_directory():
-            error: BaseException | None = None
-            try:
-                self.registry.hooks.dmmd_before_run(run=self)
-                self._stages()
-            except BaseException as caught:
-                error = caught
-                raise
-            finally:
-                self.registry.hooks.dmmd_after_run(run=self, error=error)
+        lock = self._open_directory()
+        error: BaseException | None = None
+        try:
+            self.registry.hooks.dmmd_before_run(run=self)
+            self._stages()
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            lock.release()
+            self.registry.hooks.dmmd_after_run(run=self, error=error)
 
     def _stages(self) -> None:
         self._run_stage("data", 1, self._prepare_data)
