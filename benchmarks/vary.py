@@ -40,9 +40,10 @@ def main() -> int:
         subprocess.run([*command, f"run.directory={directory}"], check=True)
         metrics = json.loads((directory / "metrics.json").read_text())
         rows.append({"settings": list(settings), "results": metrics["results"], "timing": metrics["timing"]})
+    told = [f"--vary {text}" for text in options.vary] + [f"--set {text}" for text in options.set]
     content = {
-        "recipe": str(options.recipe),
-        "command": " ".join(["python", "benchmarks/vary.py", *sys.argv[1:]]),
+        "recipe": options.recipe.name,
+        "command": " ".join(["python benchmarks/vary.py", f"recipes/{options.recipe.name}", *told]),
         "commit": _commit(),
         "machine": {
             "cpu_count": os.cpu_count(),

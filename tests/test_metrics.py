@@ -58,7 +58,7 @@ def test_token_entropy_and_distinct_samples() -> None:
 
 
 class Mixed(Denoiser):
-    """An exact teacher that is asked with a latent: its mean is sharpened by a factor that the latent draws."""
+    """An exact teacher that says it takes a latent, so that its distribution must be estimated by averaging."""
 
     def __init__(self, inner: ExactDenoiser) -> None:
         super().__init__()

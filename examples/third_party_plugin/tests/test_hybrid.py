@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def noisy(process: Hybrid, alpha: Tensor) -> Tensor:
 
 def bayes(process: Hybrid, s: float, t: float) -> Tensor:
     """q(z_s | z_t, x) by multiplying and normalising, ``[vocab, z_t, z_s]``; nan where z_t cannot be."""
-    alpha_s, alpha_t = (process.alpha(torch.tensor(time)) for time in (s, t))
+    alpha_s, alpha_t = (process.alpha(torch.tensor(time, dtype=torch.float64)) for time in (s, t))
     ratio = alpha_t / alpha_s if alpha_s > 0 else torch.ones(())
     ratio = torch.ones((), dtype=torch.float64) if s == t else ratio
     size = process.num_inputs
@@ -74,7 +75,7 @@ def test_posterior_matches_bayes_rule(s: float, t: float) -> None:
     times[1] = t
     got = process.posterior_probs(x_probs, z_t, times[0], times[1]).squeeze(1)
     wanted = bayes(process, s, t).flatten(0, 1)
-    possible = noisy(process, process.alpha(torch.tensor(t))).flatten() > 0
+    possible = noisy(process, process.alpha(torch.tensor(t, dtype=torch.float64))).flatten() > 0
     assert possible.sum() == (VOCAB if t == 0 else VOCAB * (VOCAB + 1))
     torch.testing.assert_close(got[possible], wanted[possible], rtol=0, atol=1e-14)
 
@@ -113,7 +114,7 @@ def test_drawn_tokens_follow_the_posterior(s: float, t: float) -> None:
 def test_corrupted_tokens_follow_the_forward_process(t: float) -> None:
     """Hoeffding, as above."""
     process, count = make(), 20_000
-    wanted = noisy(process, process.alpha(torch.tensor(t)))
+    wanted = noisy(process, process.alpha(torch.tensor(t, dtype=torch.float64)))
     for x in range(VOCAB):
         tokens = torch.full((count, 1), x)
         z_t = process.corrupt(tokens, torch.full((count,), t), Draws.for_range(0, 0, 0, count))
@@ -161,7 +162,7 @@ def test_evidence_turns_a_leave_one_out_distribution_into_the_mean() -> None:
     left_out = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     z = torch.arange(process.num_inputs)
     times = torch.full(z.shape, t, dtype=torch.float64)
-    joint = left_out.unsqueeze(-1) * noisy(process, process.alpha(torch.tensor(t)))
+    joint = left_out.unsqueeze(-1) * noisy(process, process.alpha(torch.tensor(t, dtype=torch.float64)))
     got = process.clean_log_probs(left_out.log().expand(len(z), -1), z, times).exp()
     torch.testing.assert_close(got, (joint / joint.sum(0)).T, rtol=0, atol=1e-14)
 
@@ -198,7 +199,7 @@ def test_exact_teacher_comes_nearer_with_more_steps() -> None:
     distances = [
         float((sampler.distribution(teacher, num_steps=steps) - truth).abs().sum()) / 2 for steps in (1, 4, 16, 64)
     ]
-    assert all(late < early for early, late in zip(distances, distances[1:], strict=False)), distances
+    assert all(late < early for early, late in itertools.pairwise(distances)), distances
     assert distances[-1] < distances[0] / 10, distances
     assert math.isfinite(sum(distances))
 
