@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,9 @@ class _Enumerable(EnumerableData):
             self._probabilities = self._compute()
         return self._probabilities
 
+    @abstractmethod
     def _compute(self) -> Tensor:
-        raise NotImplementedError
+        """Probability of every sequence."""
 
 
 class TiedCoins(_Enumerable):
