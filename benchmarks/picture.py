@@ -1,6 +1,8 @@
 """Put sample grids of a finished run side by side, for the README.
 
     python benchmarks/picture.py runs/quickstart docs/images/quickstart.png real teacher_4 teacher_64 student_4
+
+The names are those of the pictures in the run's ``samples`` folder.
 """
 
 from __future__ import annotations
