@@ -70,11 +70,15 @@ def _provider(entry: EntryPoint) -> Provider:
 def _import(entry: EntryPoint, provider: Provider) -> Any:
     try:
         return entry.load()
-    except Exception as error:  # whatever a stranger's module raises becomes one clear error
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises becomes one clear error
         raise PluginError(
-            f"{provider} cannot be imported from {entry.value!r}: {type(error).__name__}: {error}; mend or uninstall "
-            f"it, or set {DISABLE}={provider.plugin}"
+            f"{provider} cannot be imported from {entry.value!r}: {_one_line(error)}; mend or uninstall it, or set "
+            f"{DISABLE}={provider.plugin}"
         ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
 
 
 def _check_hooks(plugin: Any, provider: Provider) -> None:
@@ -94,6 +98,9 @@ def _check_hooks(plugin: Any, provider: Provider) -> None:
 
 
 def _register(manager: pluggy.PluginManager, plugin: Any, provider: Provider) -> None:
+    taken = manager.get_name(plugin)
+    if taken is not None:
+        raise PluginError(f"{provider} is the same object as plugin {taken!r}; remove one of the two entry points")
     try:
         manager.register(plugin, name=provider.plugin)
         manager.check_pending()
@@ -106,12 +113,14 @@ def _collect(
 ) -> None:
     others = [other for other in manager.get_plugins() if other is not plugin]
     call = manager.subset_hook_caller("dmmd_register", remove_plugins=others)
+    registrar = PluginRegistrar(provider, components)
     try:
-        call(registry=PluginRegistrar(provider, components))
+        call(registry=registrar)
     except PluginError:
         raise
-    except Exception as error:  # as above: a stranger's code
+    except (Exception, SystemExit) as error:  # as above: a stranger's code
         raise PluginError(
-            f"{provider} failed in dmmd_register: {type(error).__name__}: {error}; mend or uninstall it, or set "
+            f"{provider} failed in dmmd_register: {_one_line(error)}; mend or uninstall it, or set "
             f"{DISABLE}={provider.plugin}"
         ) from error
+    registrar.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,18 @@ class Registry:
         self, entries: dict[tuple[str, str], Entry], providers: tuple[Provider, ...], hooks: HookRelay
     ) -> None:
         self._entries = dict(sorted(entries.items()))
-        self.providers = providers
-        self.hooks = hooks
+        self._providers = providers
+        self._hooks = hooks
+
+    @property
+    def providers(self) -> tuple[Provider, ...]:
+        """All plugins that were loaded, sorted by name."""
+        return self._providers
+
+    @property
+    def hooks(self) -> HookRelay:
+        """Calls the hooks of all plugins."""
+        return self._hooks
 
     def __iter__(self) -> Iterator[Entry]:
         """Iterate over the entries, sorted by kind and name."""
@@ -94,6 +105,11 @@ class PluginRegistrar:
     def __init__(self, provider: Provider, entries: dict[tuple[str, str], Entry]) -> None:
         self.provider = provider
         self._entries = entries
+        self._open = True
+
+    def close(self) -> None:
+        """Take no more components: the plugin's turn is over."""
+        self._open = False
 
     def add(self, kind: str, name: str, cls: type[Component]) -> None:
         """Register a component under a name.
@@ -107,6 +123,8 @@ class PluginRegistrar:
             PluginError: The component breaks the contract, or the name is taken.
         """
         where = f"{self.provider}: {kind} {name!r}"
+        if not self._open:
+            raise PluginError(f"{where}: components are registered in dmmd_register and never later")
         if kind not in INTERFACES:
             raise PluginError(f"{where}: unknown kind; the kinds are {', '.join(INTERFACES)}")
         if not (isinstance(name, str) and name.isidentifier() and name == name.lower()):
@@ -135,14 +153,26 @@ def _check_config(where: str, cls: type[Component]) -> None:
     params: Any = config.__dataclass_params__  # type: ignore[attr-defined]
     if not params.frozen or any(not field.kw_only for field in dataclasses.fields(config)):
         raise PluginError(f"{where}: {cls.__qualname__}.Config must be @dataclass(frozen=True, kw_only=True)")
+    try:
+        typing.get_type_hints(config)
+    except (NameError, TypeError, SyntaxError) as error:
+        raise PluginError(
+            f"{where}: the types of {cls.__qualname__}.Config cannot be read: {error}; import them where the module "
+            "is imported, and not for type checking alone"
+        ) from error
+    for field in dataclasses.fields(config):
+        kind = field.metadata.get("slot")
+        if kind is not None and kind not in INTERFACES:
+            raise PluginError(
+                f"{where}: slot {field.name!r} is of unknown kind {kind!r}; the kinds are {', '.join(INTERFACES)}"
+            )
 
 
 def _check_constructor(where: str, kind: str, cls: type[Component]) -> None:
     from dmmd_core.offers import OFFERS  # kept apart so that the table can be documented on its own
 
-    offered = OFFERS[kind] | {
-        field.name for field in dataclasses.fields(cls.Config) if "slot" in field.metadata
-    }
+    slots = {field.name for field in dataclasses.fields(cls.Config) if "slot" in field.metadata}
+    offered = OFFERS[kind] | slots
     parameters = list(inspect.signature(cls).parameters.values())
     if not parameters or parameters[0].name != "config":
         raise PluginError(f"{where}: {cls.__qualname__}.__init__ must take 'config' first")
@@ -154,3 +184,6 @@ def _check_constructor(where: str, kind: str, cls: type[Component]) -> None:
                 f"{where}: {cls.__qualname__}.__init__ asks for {parameter.name!r}, but a {kind} is offered only "
                 f"{', '.join(sorted(offered)) or 'its config'}"
             )
+    unused = slots - {parameter.name for parameter in parameters}
+    if unused:
+        raise PluginError(f"{where}: {cls.__qualname__}.__init__ does not take the slot {', '.join(sorted(unused))}")

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import shlex
+import typing
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from helpers import ROOT
 
-from dmmd_core import hookspecs, recipe
+from dmmd_core import PluginRegistrar, cli, hookspecs, load_plugins, recipe
 from dmmd_core.offers import OFFERS
+from dmmd_core.registry import Entry, Provider
 
 DOCS = ROOT / "docs"
 
@@ -46,16 +53,46 @@ def test_every_function_and_test_of_the_mathematics_exists() -> None:
             assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), path
 
 
-def test_every_key_of_a_recipe_is_explained() -> None:
-    text = _text("recipes.md")
-    classes = [value for value in vars(recipe).values() if dataclasses.is_dataclass(value)]
-    sections = [cls for cls in classes if cls.__module__ == recipe.__name__]
-    assert len(sections) > 5
-    for section in sections:
-        for field in dataclasses.fields(section):
-            if field.metadata.get("internal"):
-                continue
-            assert re.search(rf"[`.]{field.name}[`.]", text), f"{section.__name__}.{field.name}"
+def _keys(section: type, prefix: str, *, without: type | None = None) -> dict[str, Any]:
+    """Key paths of a section of the recipe and their defaults; MISSING where a recipe must say."""
+    hints = typing.get_type_hints(section)
+    skipped = {field.name for field in dataclasses.fields(without)} if without else set()
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        if field.metadata.get("internal") or field.name in skipped:
+            continue
+        key = f"{prefix}{field.name}"
+        inner = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if kind in SECTIONS]
+        if not inner:
+            factory = field.default_factory
+            found[key] = field.default if factory is dataclasses.MISSING else factory()
+        elif inner[0] is recipe.TrainSection:
+            found[key] = field.default
+        else:
+            if field.default is None:
+                found[key] = None
+            training = issubclass(inner[0], recipe.TrainSection)
+            found |= _keys(inner[0], f"{key}.", without=recipe.TrainSection if training else None)
+    return found
+
+
+SECTIONS = {value for value in vars(recipe).values() if isinstance(value, type) and value.__module__ == recipe.__name__}
+
+
+def test_every_key_of_a_recipe_is_explained_with_its_default() -> None:
+    told: dict[str, Any] = {}
+    for keys, defaults, meaning in (row for row in _rows(_text("recipes.md")) if row[0].startswith("`")):
+        names = re.findall(r"`([^`]+)`", keys)
+        values = yaml.safe_load(f"[{defaults.replace('`', '')}]") or [dataclasses.MISSING] * len(names)
+        assert meaning
+        assert not told.keys() & set(names)
+        told |= dict(zip(names, values, strict=True))
+    wanted = _keys(recipe.Recipe, "") | _keys(recipe.TrainSection, "")
+    assert len(wanted) > 30
+    assert told.keys() == wanted.keys()
+    for key, value in wanted.items():
+        number = isinstance(value, int | float)
+        assert (float(told[key]) if number else told[key]) == value, key
 
 
 def test_offers_and_hooks_are_those_of_the_code() -> None:
@@ -75,10 +112,71 @@ def test_every_core_module_has_its_room_in_the_architecture() -> None:
         assert path.name in text, path.name
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
-def test_code_runs_and_commands_name_recipes_that_exist(page: str) -> None:
+def test_the_picture_of_the_import_directions_is_true() -> None:
+    lines = re.findall(r"^  (\S+) --> (.+)$", _text("architecture.md"), flags=re.MULTILINE)
+    arrows = {(start, end) for start, ends in lines for end in ends.split(" & ")}
+    assert len(arrows) > 20
+    for start, end in arrows:
+        place = ROOT / "dmmd_core" / start.removesuffix(".py")
+        files = list(place.glob("*.py")) or [place.with_suffix(".py")]
+        code = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        assert f"from dmmd_core.{end.removesuffix('.py')}" in code, f"{start} does not import {end}"
+
+
+def test_every_capability_is_in_the_table() -> None:
+    rows = _rows(_text("architecture.md"))
+    names = {name for row in rows if len(row) == 3 for name in re.findall(r"`(\w+)`", row[0])}
+    for entry in load_plugins():
+        for capability in entry.cls.provides(entry.cls.Config()) if _has_defaults(entry.cls.Config) else ():
+            assert capability in names, f"{entry.kind} {entry.name}: {capability}"
+
+
+def _has_defaults(config: type) -> bool:
+    return all(
+        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        for field in dataclasses.fields(config)
+    )
+
+
+PAGES = sorted(DOCS.glob("*.md")) + sorted(ROOT.glob("examples/**/README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_runs(page: Path) -> None:
     namespace: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", _text(page), flags=re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         exec(block, namespace)
-    for name in re.findall(r"^dmmd-run (\S+\.yaml)", _text(page), flags=re.MULTILINE):
-        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_understood_and_their_recipes_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_guard", lambda work: 0)  # parse, and do nothing
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"(?:^|`)(dmmd-run|dmmd-sample) ([^`#\n]+)", text, flags=re.MULTILINE):
+        words = shlex.split(rest)
+        if "--help" in words:
+            continue
+        assert {"dmmd-run": cli.run_command, "dmmd-sample": cli.sample_command}[name](words) == 0
+        for word in words:
+            if word.endswith(".yaml") and "=" not in word:
+                assert (ROOT / word).exists() or (page.parent / word).exists(), word
+
+
+def test_the_example_plugins_of_the_page_pass_the_door() -> None:
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", _text("write_a_plugin.md"), flags=re.DOTALL):
+        exec(block, namespace)
+    entries: dict[tuple[str, str], Entry] = {}
+    registrar = PluginRegistrar(Provider("page", "docs", "1.0"), entries)
+    namespace["dmmd_register"](registrar)
+    registrar.add("metric", "repeats", namespace["Repeats"])
+    assert set(entries) == {("schedule", "squared"), ("metric", "repeats")}
+    schedule = namespace["Squared"](namespace["Squared"].Config())
+    t = torch.linspace(0, 1, 11, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(schedule.alpha(t).sum(), t)
+    assert schedule.alpha(t)[[0, -1]].tolist() == [1, 0]
+    torch.testing.assert_close(slope[1:-1], schedule.alpha_prime(t)[1:-1])  # the clamp has none at its ends
+    config = namespace["Repeats"].Config()
+    tokens = torch.tensor([[0, 0, 1, 2], [3, 3, 3, 3]])
+    values = namespace["Repeats"](config, length=4).evaluate(SimpleNamespace(tokens=tokens))
+    assert [value.value for value in values] == [pytest.approx(4 / 6)]

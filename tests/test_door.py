@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
 import sys
 from importlib.metadata import EntryPoint, PathDistribution
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, environment
 
 from dmmd_core import KINDS, PluginError, load_plugins
 from dmmd_core.plugins import GROUP
@@ -27,6 +30,15 @@ REGISTER = """
 @hookimpl
 def dmmd_register(registry):
     registry.add({arguments})
+"""
+CONFIG = """
+class Mine(Flat):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        {field}
+
+    def __init__(self, config{arguments}):
+        pass
 """
 
 
@@ -104,6 +116,30 @@ BAD = {
         _registering('"schedule", "flat", Mine', "class Mine(Flat):\n    def __init__(self, config, **more): pass\n"),
         ["name its arguments"],
     ),
+    "exit at import": ("raise SystemExit(3)", ["cannot be imported", "SystemExit: 3"]),
+    "exit in register": (
+        HEAD + "@hookimpl\ndef dmmd_register(registry):\n    raise SystemExit\n", ["dmmd_register: SystemExit;"]
+    ),
+    "failure of several lines": ("raise RuntimeError('one\\ntwo')", ["RuntimeError: one two"]),
+    "marked function that is no hook": (GOOD + "@hookimpl\ndef lunch(run): pass\n", ["unknown hook 'lunch'"]),
+    "types that cannot be read": (
+        _registering('"schedule", "flat", Mine', CONFIG.format(field="a: 'Tensor' = 1", arguments="")),
+        ["the types of Mine.Config cannot be read", "'Tensor'"],
+    ),
+    "slot of an unknown kind": (
+        _registering(
+            '"schedule", "flat", Mine',
+            CONFIG.format(field="a: Slot = slot('shedule', 'flat', help='')", arguments=", *, a"),
+        ),
+        ["slot 'a' is of unknown kind 'shedule'", "schedule"],
+    ),
+    "slot that nobody takes": (
+        _registering(
+            '"schedule", "flat", Mine',
+            CONFIG.format(field="a: Slot = slot('schedule', 'flat', help='')", arguments=""),
+        ),
+        ["does not take the slot a"],
+    ),
     "no config": (
         _registering('"schedule", "flat", Mine', "class Mine(Flat):\n    def __init__(self): pass\n"),
         ["must take 'config' first"],
@@ -139,6 +175,41 @@ def test_two_providers_of_one_component_are_refused(shop: Shop) -> None:
         assert word in str(caught.value)
 
 
+def test_one_module_under_two_names_is_refused(shop: Shop) -> None:
+    shop.add("one", GOOD)
+    other = EntryPoint("two", shop.entries[0].value, GROUP)
+    vars(other).update(dist=vars(shop.entries[0])["dist"])
+    with pytest.raises(PluginError, match=r"plugin 'two' of package one-package 1\.2.*same object as plugin 'one'"):
+        load_plugins([*shop.entries, other])
+
+
+def test_the_command_line_shows_one_line_and_the_way_out(tmp_path: Path) -> None:
+    info = tmp_path / "broken_package-3.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-package\nVersion: 3.1\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\nbroken = broken_module\n")
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('of no use')\n")
+
+    def plugins(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dmmd_core", "--plugins"],
+            env=environment(PYTHONPATH=str(tmp_path), **more),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = plugins()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in ("'broken'", "broken-package 3.1", "of no use", "DMMD_DISABLE_PLUGINS=broken"):
+        assert word in done.stderr
+    done = plugins(DMMD_DISABLE_PLUGINS="broken")
+    assert done.returncode == 0, done.stderr
+    assert "broken" not in done.stdout
+
+
 def test_a_disabled_plugin_is_not_even_imported(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.add("good", GOOD)
     shop.add("bad", "raise RuntimeError('imported')")
@@ -156,14 +227,36 @@ def test_disabling_something_unknown_is_an_error(shop: Shop, monkeypatch: pytest
         load_plugins(shop.entries)
 
 
-def test_the_installed_registry_is_whole_and_frozen() -> None:
+def test_the_installed_registry_holds_every_component_of_the_tree() -> None:
+    written = set()
+    for path in (ROOT / "plugins").glob("*/plugin.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add":
+                written.add(tuple(ast.literal_eval(argument) for argument in node.args[:2]))
     registry = load_plugins()
-    assert {entry.kind for entry in registry} == set(KINDS)
-    for kind, name in [("process", "masked"), ("objective", "moment_matching"), ("teacher", "exact")]:
-        assert registry.get(kind, name).provider.package == "dmmd"
-    assert not hasattr(registry, "add")
+    assert {(entry.kind, entry.name) for entry in registry if entry.provider.package == "dmmd"} == written
+    assert {kind for kind, _ in written} == set(KINDS)
+    folders = {path.parent.name.removeprefix("dmmd_") for path in (ROOT / "plugins").glob("*/plugin.py")}
+    assert {provider.plugin for provider in registry.providers if provider.package == "dmmd"} == folders
     with pytest.raises(KeyError, match=r"no process named 'maskd'.*did you mean 'masked'"):
         registry.get("process", "maskd")
+
+
+def test_the_registry_is_frozen(shop: Shop) -> None:
+    keeping = HEAD + "kept = []\n@hookimpl\ndef dmmd_register(registry):\n    kept.append((registry, Flat))\n"
+    shop.add("late", keeping)
+    registry = load_plugins(shop.entries)
+    registrar, component = sys.modules[shop.entries[0].value].kept[0]
+    with pytest.raises(PluginError, match=r"'late' of package late-package 1\.2.*never later"):
+        registrar.add("schedule", "flat", component)
+    assert list(registry) == []
+    assert not hasattr(registry, "add")
+    for name in ("providers", "hooks"):
+        with pytest.raises(AttributeError):
+            setattr(registry, name, ())
+    listed = registry.names("schedule")
+    listed.append("flat")
+    assert registry.names("schedule") == []
 
 
 def test_observers_may_add_problems_to_a_recipe(

@@ -87,10 +87,10 @@ class Uniform(Process):
         ``V / y_bar_i - V / x_bar_i + sum_j (x_bar_j / x_bar_i) log(y_bar_i x_bar_j / (y_bar_j x_bar_i))``.
         """
         size = self.vocab_size
-        alpha = self.alpha(self._bounded(s)).to(log_y.dtype).unsqueeze(-1)
-        low = 1 - alpha  # x_bar away from the target
-        high = size * alpha + low  # x_bar at the target
-        log_bar = (size * alpha * log_y.exp() + low).log()
+        alpha = self.alpha(self._bounded(s)).unsqueeze(-1)
+        # x_bar away from the target and at it; subtracted in float64, for float32 has few digits of 1 - alpha near 0.
+        low, high = (1 - alpha).to(log_y.dtype), (size * alpha + 1 - alpha).to(log_y.dtype)
+        log_bar = (size * alpha.to(log_y.dtype) * log_y.exp() + low).log()
         index = z.unsqueeze(-1)
         log_bar_i = log_bar.gather(-1, index)
         gap = log_bar_i - log_bar  # log(y_bar_i / y_bar_j), zero at j = i

@@ -57,10 +57,11 @@ def test_samples_follow_the_exact_distribution(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 def test_a_batch_split_gives_the_same_samples(name: str) -> None:
-    sampler, teacher = _setup(name, MarkovChain(MarkovChain.Config(letters=3, length=4), codec=CODEC))
+    sampler, teacher = _setup(name, MarkovChain(MarkovChain.Config(letters=3, length=4, sharpness=1), codec=CODEC))
     whole = sampler.sample(teacher, Draws.for_range(0, 0, 0, 20), num_steps=4).tokens
     parts = [sampler.sample(teacher, Draws.for_range(0, 0, i, 5), num_steps=4).tokens for i in (0, 5, 10, 15)]
     assert torch.equal(whole, torch.cat(parts))
+    assert len(whole.unique(dim=0)) > 5, "samples differ"
 
 
 def test_chunked_logits_change_nothing() -> None:
@@ -81,9 +82,43 @@ def test_fixed_positions_stay_and_condition_the_rest(name: str) -> None:
     condition = Condition(fixed=fixed, values=values)
     samples = sampler.sample(teacher, Draws.for_range(0, 0, 0, 2000), num_steps=2, condition=condition).tokens
     assert bool((samples[:, 1] == 1).all())
-    # One coin known, the masked teacher knows the others for certain.
-    if name == "masked":
-        assert bool((samples == 1).all())
+    assert bool((samples == 1).all()), "one coin known, the exact teacher knows the others for certain"
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_a_single_free_position_follows_the_conditional_distribution(name: str) -> None:
+    """One free position has no correlation to lose, so that any number of steps is exact."""
+    data = MarkovChain(MarkovChain.Config(letters=3, length=3, sharpness=1.0), codec=CODEC)
+    sampler, teacher = _setup(name, data)
+    count = 20_000
+    fixed = torch.tensor([[True, False, True]]).expand(count, -1)
+    values = torch.tensor([[2, 0, 1]]).expand(count, -1)
+    condition = Condition(fixed=fixed, values=values)
+    samples = sampler.sample(teacher, Draws.for_range(0, 0, 0, count), num_steps=3, condition=condition).tokens
+    assert torch.equal(samples[:, [0, 2]], values[:, [0, 2]])
+    probs = data.probabilities().reshape(3, 3, 3)[2, :, 1]
+    probs = probs / probs.sum()
+    bound = 6 * (count * probs * (1 - probs)).sqrt()  # six standard deviations of a binomial count
+    assert bool(((samples[:, 1].bincount(minlength=3) - count * probs).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_last_log_probs_are_those_that_the_tokens_were_drawn_from(name: str) -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=4), codec=CODEC)
+    sampler, teacher = _setup(name, data)
+    count = 20_000
+    samples = sampler.sample(teacher, Draws.for_range(0, 0, 0, count), num_steps=3, last_step=True)
+    assert samples.last_log_probs is not None
+    assert samples.last_log_probs.shape == (count, 4, 3)
+    probs = samples.last_log_probs.exp()
+    drawn = torch.nn.functional.one_hot(samples.tokens, 3).double()
+    assert bool((probs[drawn.bool()] > 0).all())
+    residual = (drawn - probs).flatten(0, 1)
+    variance = (probs * (1 - probs)).flatten(0, 1)
+    # Given its probabilities a token is an independent draw: calibrated overall and where one token is the likeliest.
+    for part in (slice(None), probs.flatten(0, 1).argmax(-1) == 0, probs.flatten(0, 1).argmax(-1) == 2):
+        assert bool((residual[part].sum(0).abs() <= 6 * variance[part].sum(0).sqrt()).all())
+    assert sampler.sample(teacher, Draws.for_range(0, 0, 0, 2), num_steps=3).last_log_probs is None
 
 
 def test_too_large_a_world_is_refused() -> None:

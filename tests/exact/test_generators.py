@@ -20,7 +20,7 @@ def _student(latent: str, grid: tuple[int, ...], **params: Any) -> NoiseConditio
     length = torch.Size(grid).numel()
     process = make_process("masked", 3)
     backbone = MLP(MLP.Config(width=8, depth=1, embedding_width=6), num_inputs=4, vocab_size=3, length=length)
-    config = NoiseConditioned.Config(latent=latent, width=5, **params)  # type: ignore[arg-type]
+    config = NoiseConditioned.Config(latent=latent, **{"width": 5, **params})  # type: ignore[arg-type]
     return NoiseConditioned(config, backbone=backbone, process=process, length=length, grid=grid)
 
 
@@ -31,7 +31,8 @@ def test_latents_have_unit_variance_and_reach_every_position(latent: str, grid: 
     length = torch.Size(grid).numel()
     drawn = student.draw_latent(Draws.for_range(0, 0, 0, 4000))
     assert drawn.shape == (4000, 1 if latent == "sequence" else length, 5)
-    assert float(drawn.mean()) == pytest.approx(0, abs=0.05)
+    # At least 4,000 x 5 independent Gaussians, were all positions one: standard error at most 1 / sqrt(20000).
+    assert abs(float(drawn.double().mean())) < 6 / 20_000**0.5
     # Per element: 4,000 squares of Gaussians, standard error sqrt(2 / 4000); six of them.
     assert float((drawn.double().square().mean(0) - 1).abs().max()) < 6 * (2 / 4000) ** 0.5
     assert student.input_noise(drawn[:7]).shape == (7, length, 6)
@@ -41,12 +42,35 @@ def test_a_pyramid_ties_near_positions_and_no_other_latent_does() -> None:
     covariances = {}
     for latent in ("position", "pyramid"):
         drawn = _student(latent, (4, 4)).draw_latent(Draws.for_range(0, 0, 0, 4000)).double()[..., 0]
-        covariances[latent] = drawn.T.cov()
+        covariances[latent] = drawn.T.corrcoef()
     # 4x4 cells: resolutions of 1, 2 and 4 cells; neighbours in one 2x2 cell share two of three, others one.
     noise = 6 / 4000**0.5
     assert abs(float(covariances["pyramid"][0, 1]) - 2 / 3) < noise
     assert abs(float(covariances["pyramid"][0, 2]) - 1 / 3) < noise
+    assert abs(float(covariances["pyramid"][1, 2]) - 1 / 3) < noise
+    assert abs(float(covariances["pyramid"][0, 5]) - 2 / 3) < noise
     assert abs(float(covariances["position"][0, 1])) < noise
+
+
+def test_a_pyramid_on_channels_keeps_them_apart() -> None:
+    drawn = _student("pyramid", (4, 4, 3)).draw_latent(Draws.for_range(0, 0, 0, 4000)).double()[..., 0]
+    correlations = drawn.unflatten(1, (4, 4, 3))[:, 0].flatten(1).T.corrcoef()
+    noise = 6 / 4000**0.5  # six standard errors of a correlation
+    assert abs(float(correlations[0, 1])) < noise
+    assert abs(float(correlations[0, 3]) - 2 / 3) < noise
+
+
+def test_a_latent_changes_the_prediction_and_every_sample_its_own_alone() -> None:
+    student = _student("sequence", (3, 2))
+    z, t = torch.zeros(4, 6, dtype=torch.int64) + 3, torch.full((4,), 0.5)
+    latent = student.draw_latent(Draws.for_range(0, 0, 0, 4))
+    first = student(z, t, latent=latent).log_probs().unflatten(0, (4, 6)).detach()
+    assert float((first[0] - first[1]).abs().max()) > 1e-4
+    latent[2] += 1
+    second = student(z, t, latent=latent).log_probs().unflatten(0, (4, 6)).detach()
+    changed = (first - second).abs().amax((1, 2))
+    assert changed[2] > 1e-4
+    assert changed[[0, 1, 3]].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("latent", ["sequence", "position", "pyramid"])
@@ -54,14 +78,17 @@ def test_latents_do_not_depend_on_the_batch(latent: str) -> None:
     student = _student(latent, (4, 4))
     whole = student.draw_latent(Draws.for_range(0, 3, 0, 6))
     assert torch.equal(whole[4:], student.draw_latent(Draws.for_range(0, 3, 4, 2)))
+    assert torch.equal(whole[[5, 0]], student.draw_latent(Draws(0, 3, torch.tensor([5, 0]))))
     assert not torch.equal(whole, student.draw_latent(Draws.for_range(0, 4, 0, 6)))
 
 
 def test_the_projected_noise_starts_at_the_scale_that_was_asked_for() -> None:
-    student = _student("position", (40, 40), initial_scale=3.0)
-    noise = student.input_noise(student.draw_latent(Draws.for_range(0, 0, 0, 50)))
-    # Thirty weights decide the scale, so it is itself random by a seventh or so.
-    assert 1.8 < float(noise.detach().std()) < 4.2
+    student = _student("position", (4, 4), width=4000, initial_scale=3.0)
+    assert float(student.project.bias.detach().abs().max()) == 0
+    noise = student.input_noise(student.draw_latent(Draws.for_range(0, 0, 0, 200))).detach()
+    # Per output channel the variance given the weights is their squared sum: 4,000 squares, standard error
+    # 9 sqrt(2 / 4000); and 3,200 draws of it, standard error 9 sqrt(2 / 3200). Six of their sum.
+    assert float((noise.double().square().mean((0, 1)) - 9).abs().max()) < 6 * 9 * (2 / 4000 + 2 / 3200) ** 0.5
 
 
 def test_a_latent_must_be_given_where_it_is_taken_and_only_there() -> None:

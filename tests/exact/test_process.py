@@ -11,7 +11,7 @@ from worlds import SCHEDULES, bayes_posterior, forward_matrix, make_process
 
 from dmmd_core import Draws, Process
 
-PROCESSES = [(name, schedule) for name in ("masked", "uniform") for schedule in SCHEDULES]
+PROCESSES = [(name, schedule) for name in ("masked", "uniform", "skewed") for schedule in SCHEDULES]
 TIMES = [0.0, 0.13, 0.5, 0.77, 1.0]
 
 
@@ -41,6 +41,29 @@ def test_posterior_is_bayes_rule(process: Process) -> None:
             times = torch.tensor([s, t], dtype=torch.float64)
             given = process.posterior_probs(one_hot, torch.tensor([[z_t]]), times[:1], times[1:])[0, 0]
             assert torch.allclose(given, bayes_posterior(process, x, z_t, s, t), rtol=0, atol=1e-12)
+
+
+def test_posterior_of_equal_times_is_the_identity(process: Process) -> None:
+    states = torch.arange(process.num_inputs).unsqueeze(1)
+    x_probs = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).expand(len(states), 1, 3)
+    one_hot = torch.eye(process.num_inputs, dtype=torch.float64).unsqueeze(1)
+    for time in (*TIMES[1:], 1e-9, 1 - 1e-12):
+        t = torch.full((len(states),), time, dtype=torch.float64)
+        assert torch.allclose(process.posterior_probs(x_probs, states, t, t), one_hot, rtol=0, atol=1e-15)
+    clean = states[:3]
+    t = torch.zeros(3, dtype=torch.float64)
+    assert torch.equal(process.posterior_probs(x_probs[:3], clean, t, t)[..., :3], one_hot[:3, :, :3])
+
+
+def test_posterior_of_a_distribution_is_the_average_of_its_tokens_posteriors(process: Process) -> None:
+    p = torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)
+    s, t = torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
+    for z_t in range(process.num_inputs):
+        if process.prior()[z_t] == 0:
+            continue
+        given = process.posterior_probs(p.reshape(1, 1, 3), torch.tensor([[z_t]]), s, t)[0, 0]
+        expected = sum(p[x] * bayes_posterior(process, x, z_t, 0.3, 0.8) for x in range(3))
+        assert torch.allclose(given, expected, rtol=0, atol=1e-14)  # type: ignore[arg-type]
 
 
 def test_posteriors_composed_over_any_partition_give_the_forward_marginals(process: Process) -> None:
@@ -107,21 +130,74 @@ def test_corrupt_frequencies(process: Process) -> None:
     assert bool(((counts - count * probs).abs() <= 6 * (count * probs * (1 - probs)).sqrt() + 1e-6).all())
 
 
+def test_evidence_is_the_log_ratio_of_likelihoods(process: Process) -> None:
+    for time, z in itertools.product((0.01, 0.5, 0.99), range(3)):
+        if process.prior()[z] == 0:
+            continue
+        likelihood = forward_matrix(process, 0.0, time)[:3, z]
+        given = process.evidence(torch.tensor([z]), torch.tensor([time], dtype=torch.float64))
+        expected = math.log(float(likelihood[z]) / float(likelihood[(z + 1) % 3]))
+        assert float(given) == pytest.approx(expected, rel=1e-12)
+    if process.num_inputs > 3:
+        assert process.evidence(torch.tensor([3]), torch.tensor([0.5])).tolist() == [0.0]
+
+
+def test_prior_samples_follow_the_prior(process: Process) -> None:
+    counts = process.prior_sample(4, Draws.for_range(0, 0, 0, 10_000)).flatten().bincount(minlength=process.num_inputs)
+    prior = process.prior()
+    # Six standard deviations of a binomial count.
+    assert bool(((counts - 40_000 * prior).abs() <= 6 * (40_000 * prior * (1 - prior)).sqrt()).all())
+
+
 def test_posterior_looks_at_x_only_where_it_said(process: Process) -> None:
     draws = Draws.for_range(2, 0, 0, 2000)
     x = draws.integers("tokens", 3, (5,))
     t, s = torch.full((2000,), 0.8, dtype=torch.float64), torch.full((2000,), 0.45, dtype=torch.float64)
     z_t = process.corrupt(x, t, draws)
     rows = process.rows_to_draw(z_t, s, t, draws)
-    garbled = torch.where(rows, x, (x + 1) % 3)
     first = process.posterior_sample(x, z_t, s, t, draws)
-    assert torch.equal(first, process.posterior_sample(garbled, z_t, s, t, draws))
+    for shift in (1, 2):
+        garbled = torch.where(rows, x, (x + shift) % 3)
+        assert torch.equal(first, process.posterior_sample(garbled, z_t, s, t, draws))
     assert bool(rows.any())
-    if process.num_inputs > process.vocab_size:
-        assert torch.equal(rows, (z_t == 3) & (first != 3)), "masked: exactly the positions that are revealed"
+    masked = z_t == 3
+    moves = process.posterior_sample((x + 1) % 3, z_t, s, t, draws) != first
+    assert torch.equal(rows & masked, moves & masked), "no masked position is drawn in vain"
+    if process.prior()[0] == 0:
+        assert torch.equal(rows, masked & (first != 3)), "masked: exactly the positions that are revealed"
+    assert not bool(process.rows_to_draw(x, s * 0, t * 0, draws).any()), "nothing is left to draw at time 0"
 
 
-def test_times_may_differ_by_position(process: Process) -> None:
+def test_a_time_per_position_acts_on_that_position_alone(process: Process) -> None:
+    draws = Draws.for_range(3, 0, 0, 300)
+    x = draws.integers("tokens", 3, (4,))
+    t = torch.tensor([0.9, 0.0, 0.5, 1.0], dtype=torch.float64).expand(300, -1)
+    s = torch.tensor([0.4, 0.0, 0.5, 0.2], dtype=torch.float64).expand(300, -1)
+    z_t = process.corrupt(x, t, draws)
+    probs = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).expand(300, 4, -1)
+    wide = (
+        z_t,
+        process.posterior_sample(x, z_t, s, t, draws),
+        process.rows_to_draw(z_t, s, t, draws),
+        process.posterior_probs(probs, z_t, s, t),
+        process.known(z_t, t),
+    )
+    for position in range(4):
+        now, then = t[:, position], s[:, position]
+        if position != 1:  # the other tokens of a column at time 0 could not be noisy
+            assert torch.equal(process.corrupt(x, now, draws)[:, position], z_t[:, position])
+        flat = (
+            process.corrupt(x, now, draws),
+            process.posterior_sample(x, z_t, then, now, draws),
+            process.rows_to_draw(z_t, then, now, draws),
+            process.posterior_probs(probs, z_t, then, now),
+            process.known(z_t, now),
+        )
+        for given, expected in zip(wide, flat, strict=True):
+            assert torch.equal(given[:, position], expected[:, position])
+
+
+def test_fixed_positions_stay_while_others_move(process: Process) -> None:
     draws = Draws.for_range(3, 0, 0, 300)
     x = draws.integers("tokens", 3, (4,))
     flat = torch.full((300,), 0.6, dtype=torch.float64)
@@ -150,7 +226,8 @@ def test_logits_become_the_mean_by_the_evidence_of_their_own_token(parametrizati
 
 def test_known_positions_carry_their_token_over_without_leaks() -> None:
     process = make_process("masked", 4)
-    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    source = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, dtype=torch.float64, generator=source).requires_grad_()
     given = process.clean_log_probs(logits, torch.tensor([2, 4, 0]), torch.tensor([0.5, 0.5, 0.5]))
     assert given[0].exp().tolist() == [0, 0, 1, 0]
     assert given[2].exp().tolist() == [1, 0, 0, 0]
@@ -159,6 +236,33 @@ def test_known_positions_carry_their_token_over_without_leaks() -> None:
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
     assert float(logits.grad[0].abs().sum() + logits.grad[2].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_conversion_has_finite_gradients_at_both_ends_of_time(name: str) -> None:
+    params = {"parametrization": "leave_one_out"} if name == "uniform" else {}
+    process = make_process(name, 3, "cosine", **params)
+    logits = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    t = torch.tensor([0.0, 1e-12, 1.0, 1.0], dtype=torch.float64)
+    z = torch.tensor([1, 2, process.num_inputs - 1, process.num_inputs - 1])
+    given = process.clean_log_probs(logits, z, t)
+    assert given[0].exp().tolist() == [0, 1, 0]
+    assert torch.equal(given[2], logits[2].log_softmax(-1)), "pure noise is no evidence"
+    process.row_losses(torch.tensor([1, 2, 0, 1]), given, z, t).sum().backward()
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+    assert float(logits.grad[0].abs().sum()) == 0
+
+
+def test_soft_targets_ask_nothing_where_they_are_zero() -> None:
+    """Carry-over as minus infinity must neither leak into soft cross-entropies nor turn them into NaN."""
+    process = make_process("masked", 3)
+    log_probs = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64).log().requires_grad_()
+    target = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    loss = process.row_losses(target, log_probs, torch.tensor([3]), torch.tensor([0.5]))
+    assert float(loss.detach()) == pytest.approx(-(math.log(0.25) + math.log(0.75)) / 2, rel=1e-14)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert gradient.tolist() == [[-0.5, -0.5, 0.0]]
 
 
 def test_elbo_weight_of_the_masked_process() -> None:
@@ -180,7 +284,7 @@ def test_clean_posterior_is_bayes_rule(process: Process) -> None:
             joint = joint * forward_matrix(process, s, t)[z_s, z_t]
             # Given z_t, p(x) is the distribution of x; so divide by what z_t had told: q(z_t | x).
             joint = joint / torch.stack([forward_matrix(process, 0.0, t)[x, z_t] for x in range(3)])
-            if joint.sum() == 0:
+            if joint.sum() == 0:  # z_s and z_t contradict each other
                 continue
             given = process.clean_posterior(
                 p.log().unsqueeze(0),

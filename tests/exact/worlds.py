@@ -19,9 +19,21 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+class Skewed(Process):
+    """A prior that treats every input id differently, [MASK] among them: what the base class does for any pi."""
+
+    def __init__(self, config: Process.Config, *, vocab_size: int, schedule: Schedule) -> None:
+        self.config = config
+        super().__init__(vocab_size=vocab_size, schedule=schedule)
+
+    def prior(self) -> Tensor:
+        weights = torch.arange(1, self.vocab_size + 2, dtype=torch.float64)
+        return weights / weights.sum()
+
+
 def make_process(name: str, vocab_size: int = 3, schedule: str = "linear", **params: object) -> Process:
     """Build a process by hand."""
-    cls = {"masked": Masked, "uniform": Uniform}[name]
+    cls = {"masked": Masked, "uniform": Uniform, "skewed": Skewed}[name]
     return cls(cls.Config(**params), vocab_size=vocab_size, schedule=SCHEDULES[schedule])  # type: ignore[arg-type]
 
 
