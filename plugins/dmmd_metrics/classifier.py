@@ -110,7 +110,8 @@ class SmallClassifier(Features):
         channels, height, width = shape
         wide = self.config.width
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
+            # torch.manual_seed would also seed every accelerator, which fork_rng does not put back here.
+            torch.default_generator.manual_seed(self.config.seed)
             return nn.Sequential(
                 nn.Conv2d(channels, wide, 3, padding=1),
                 nn.ReLU(),

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dmmd_core import Draws, EnumerableData, Metric, Requirement, Subject, Value, option
 
+# Fewer groups than this make a bootstrap that means little; a single one would claim an error of zero.
+_MIN_GROUPS = 20
+
 
 def outer(probs: Tensor) -> Tensor:
     """Joint distribution of independent positions: ``[n, length, vocab]`` to ``[n, vocab ** length]``."""
@@ -33,7 +36,7 @@ class TotalVariation(Metric):
         """Parameters."""
 
         num_samples: int = option(40_000, help="sequences averaged where the distribution is not exact", minimum=100)
-        batch_size: int = option(1000, help="sequences at a time; also the unit of the bootstrap", minimum=1)
+        batch_size: int = option(1000, help="most sequences at a time, and in a unit of the bootstrap", minimum=1)
         bootstrap: int = option(200, help="bootstrap resamples for the standard error", minimum=2)
 
     def __init__(self, config: TotalVariation.Config, *, data: EnumerableData) -> None:
@@ -63,19 +66,20 @@ class TotalVariation(Metric):
         if not subject.denoiser.takes_latent:
             exact = subject.sampler.distribution(subject.denoiser, num_steps=subject.num_steps)
             return [Value(name, float(total_variation(exact, truth)), None, reference, 0)]
-        groups = self._group_means(subject)
-        value = float(total_variation(groups.mean(0), truth))
-        error = self._bootstrap(groups, subject.draws.seed)
+        groups, sizes = self._groups(subject)
+        value = float(total_variation(groups.sum(0) / sizes.sum(), truth))
+        error = self._bootstrap(groups, sizes, subject.draws.seed)
         return [Value(name, value, error, reference, self.config.num_samples)]
 
-    def _group_means(self, subject: Subject) -> Tensor:
-        """Mean distribution of every batch, float64 ``[batches, vocab ** length]``."""
+    def _groups(self, subject: Subject) -> tuple[Tensor, Tensor]:
+        """Summed distributions ``[groups, vocab ** length]`` and sizes ``[groups]`` of the batches, float64."""
         assert subject.denoiser is not None
         assert subject.sampler is not None
-        means = []
+        sums, sizes = [], []
+        size = min(self.config.batch_size, self.config.num_samples // _MIN_GROUPS)
         draws = subject.draws.within("total_variation")
-        for start in range(0, self.config.num_samples, self.config.batch_size):
-            count = min(self.config.batch_size, self.config.num_samples - start)
+        for start in range(0, self.config.num_samples, size):
+            count = min(size, self.config.num_samples - start)
             indices = torch.arange(start, start + count, device=draws.device)
             samples = subject.sampler.sample(
                 subject.denoiser,
@@ -84,13 +88,14 @@ class TotalVariation(Metric):
                 last_step=True,
             )
             assert samples.last_log_probs is not None
-            means.append(outer(samples.last_log_probs.double().exp()).mean(0).cpu())
-        return torch.stack(means)
+            sums.append(outer(samples.last_log_probs.double().exp()).sum(0).cpu())
+            sizes.append(count)
+        return torch.stack(sums), torch.tensor(sizes, dtype=torch.float64)
 
-    def _bootstrap(self, groups: Tensor, seed: int) -> float:
+    def _bootstrap(self, groups: Tensor, sizes: Tensor, seed: int) -> float:
         """Standard deviation of the distance between resampled means and the mean of all groups' distance."""
         count = len(groups)
         draws = Draws.for_range(seed, 0, 0, self.config.bootstrap)
         chosen = draws.integers("bootstrap", count, (count,))
-        resampled = torch.stack([groups[rows].mean(0) for rows in chosen])
+        resampled = torch.stack([groups[rows].sum(0) / sizes[rows].sum() for rows in chosen])
         return float(total_variation(resampled, self.data.probabilities()).std())

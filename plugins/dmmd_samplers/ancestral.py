@@ -63,9 +63,13 @@ class Ancestral(Sampler):
             t, z = self._fix(1 - step / num_steps, z, condition)
             s, _ = self._fix(1 - (step + 1) / num_steps, z, condition)
             prediction = denoiser(z, t, condition, denoiser.draw_latent(now))
+            to_draw = self.process.rows_to_draw(z, s, t, now)
             if last_step and step == num_steps - 1:
                 last = prediction.log_probs().unflatten(0, z.shape)
-            index = self.process.rows_to_draw(z, s, t, now).flatten().nonzero().squeeze(-1)
+                # What is not drawn stays as it is, whatever the denoiser says of it.
+                kept = torch.nn.functional.one_hot(z.clamp(max=last.shape[-1] - 1), last.shape[-1]).to(last).log()
+                last = torch.where(to_draw.unsqueeze(-1), last, kept)
+            index = to_draw.flatten().nonzero().squeeze(-1)
             uniform = now.uniform("x", z.shape[1:]).flatten()
             x = z.clamp(max=self.process.vocab_size - 1).flatten()
             for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
