@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from worlds import make_process
 
 from dmmd_codecs.integers import Integers
-from dmmd_core import Condition, Denoiser, Draws, EnumerableData, UnsupportedError
+from dmmd_core import (
+    Condition,
+    Denoiser,
+    Draws,
+    EnumerableData,
+    Prediction,
+    TablePrediction,
+    UnsupportedError,
+)
 from dmmd_data.enumerable import MarkovChain, TiedCoins
 from dmmd_metrics.product_bound import best_product
 from dmmd_samplers.ancestral import Ancestral
@@ -35,6 +44,56 @@ def test_no_product_distribution_comes_nearer_to_tied_coins_than_root_two_minus_
     data = TiedCoins(TiedCoins.Config(), codec=CODEC)
     bound = best_product(data.probabilities(), 2, 2, starts=16, steps=1500, seed=0)
     assert float(bound) == pytest.approx(2**0.5 - 1, abs=1e-4)
+
+
+class _Rounded(Denoiser):
+    """A denoiser that speaks float32, whose probabilities do not sum to one in float64."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
+    ) -> Prediction:
+        return TablePrediction(self.inner(z_t, t).log_probs().float().unflatten(0, z_t.shape))
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_a_denoiser_in_float32_still_has_a_distribution_that_sums_to_one(name: str) -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=3), codec=CODEC)
+    sampler, teacher = _setup(name, data)
+    exact = sampler.distribution(teacher, num_steps=8)
+    rounded = sampler.distribution(_Rounded(teacher), num_steps=8)
+    assert float(rounded.sum()) == pytest.approx(1, abs=1e-14)
+    # Three positions, eight steps, relative errors of at most 2^-24 times the size of a log-probability.
+    assert float((rounded - exact).abs().sum()) < 3 * 8 * 20 * 2**-24
+
+
+class _Ignorant(Denoiser):
+    """A denoiser that gives every token the same probability, at positions that are known as well."""
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
+    ) -> Prediction:
+        return TablePrediction(torch.full((*z_t.shape, 2), 0.5, dtype=torch.float64).log())
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_last_log_probs_of_what_was_known_already_are_certain_whatever_the_denoiser_says(name: str) -> None:
+    sampler, _ = _setup(name, TiedCoins(TiedCoins.Config(coins=3), codec=CODEC))
+    fixed = torch.tensor([[False, True, False]]).expand(50, -1)
+    condition = Condition(fixed=fixed, values=torch.ones(50, 3, dtype=torch.int64))
+    draws = Draws.for_range(0, 0, 0, 50)
+    samples = sampler.sample(_Ignorant(), draws, num_steps=2, condition=condition, last_step=True)
+    assert samples.last_log_probs is not None
+    probs = samples.last_log_probs.exp()
+    carried = (probs == torch.nn.functional.one_hot(samples.tokens, 2)).all(-1)
+    assert bool(carried[:, 1].all())
+    # Masked: about half of the free positions were seen in the first of two steps. Uniform: all are drawn at the last.
+    free = carried[:, [0, 2]]
+    assert bool(free.any()) == (name == "masked")
+    assert not bool(free.all())
 
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])

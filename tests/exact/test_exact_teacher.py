@@ -59,6 +59,8 @@ def test_sequences_outside_the_support_still_get_probabilities() -> None:
     teacher = Exact(Exact.Config(), process=make_process("masked", 2), data=data).denoiser()
     given = teacher(torch.tensor([[0, 1, 2]]), torch.tensor([0.5], dtype=torch.float64)).log_probs().exp()
     assert torch.allclose(given[2], ones[:2] / 2, rtol=0, atol=1e-14)
+    given = teacher(torch.tensor([[2, 2, 2]]), torch.tensor([0.0], dtype=torch.float64)).log_probs().exp()
+    assert torch.allclose(given, torch.full_like(given, 0.5), rtol=0, atol=1e-14), "[MASK] is no token, at no time"
 
 
 @pytest.mark.parametrize("name", ["masked", "uniform", "skewed"])

@@ -52,6 +52,17 @@ def test_a_pyramid_ties_near_positions_and_no_other_latent_does() -> None:
     assert abs(float(covariances["position"][0, 1])) < noise
 
 
+def test_a_pyramid_goes_by_the_longer_side_of_the_grid() -> None:
+    drawn = _student("pyramid", (5, 3)).draw_latent(Draws.for_range(0, 0, 0, 4000)).double()[..., 0]
+    correlations = drawn.T.corrcoef()
+    noise = 6 / 4000**0.5  # six standard errors of a correlation
+    # Cells of 1, 2 and 4: (0, 0) and (2, 1) meet in the largest, (0, 0) and (4, 0) nowhere.
+    assert abs(float(correlations[0, 2 * 3 + 1]) - 1 / 3) < noise
+    assert abs(float(correlations[0, 4 * 3])) < noise
+    assert abs(float(correlations[0, 1]) - 2 / 3) < noise
+    assert abs(float(correlations[1, 2]) - 1 / 3) < noise
+
+
 def test_a_pyramid_on_channels_keeps_them_apart() -> None:
     drawn = _student("pyramid", (4, 4, 3)).draw_latent(Draws.for_range(0, 0, 0, 4000)).double()[..., 0]
     correlations = drawn.unflatten(1, (4, 4, 3))[:, 0].flatten(1).T.corrcoef()

@@ -75,6 +75,25 @@ def test_posterior_kl_keeps_its_digits_in_float32(schedule: str) -> None:
     assert torch.allclose(narrow.double(), wide, rtol=3e-6, atol=0)
 
 
+def test_posterior_kl_is_finite_at_both_ends_of_time() -> None:
+    process = make_process("uniform", 3, "cosine", **ELBO)
+    s = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    logits = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    z = torch.tensor([0, 2])
+    losses = process.candidate_losses(process.clean_log_probs(logits, z, s), z, s)
+    assert bool((losses.isfinite() & (losses > -1e-9)).all())
+    assert bool(process.loss_weight(s).isfinite().all())
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    assert bool(gradient.isfinite().all())
+
+
+def test_rows_that_carry_a_loss_are_those_still_masked_or_all() -> None:
+    s = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    z = torch.tensor([[0, 3, 2], [1, 0, 2]])
+    assert make_process("masked", 3).rows_with_loss(z, s).tolist() == [[False, True, False], [False] * 3]
+    assert make_process("uniform", 4).rows_with_loss(z, s).tolist() == [[True] * 3] * 2
+
+
 def _optimum(process: Process, probabilities: Tensor, length: int, z: Tensor, time: float) -> Tensor:
     """Best logits for one noisy sequence when x is drawn from its exact posterior given that sequence."""
     target = naive_mean(process, probabilities, length, z, time)

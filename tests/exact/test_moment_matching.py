@@ -6,39 +6,20 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-from worlds import bayes_posterior, forward_matrix, make_process
+from torch import Tensor
+from worlds import Free, bayes_posterior, forward_matrix, make_process
 
-from dmmd_core import Batch, Condition, Denoiser, Draws, Prediction, Process, TablePrediction, shape_log_probs
+from dmmd_core import Batch, Draws, shape_log_probs
 from dmmd_objectives.moment_matching import MomentMatching
 
 VOCAB, LENGTH, BATCH = 4, 3, 64
-
-
-class Free(Denoiser):
-    """A denoiser with one free row of logits for every position and input id."""
-
-    def __init__(self, process: Process, seed: int) -> None:
-        super().__init__()
-        self.process = process
-        source = torch.Generator().manual_seed(seed)
-        shape = (LENGTH, process.num_inputs, VOCAB)
-        self.logits = nn.Parameter(torch.randn(shape, generator=source, dtype=torch.float64))
-
-    def forward(
-        self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
-    ) -> Prediction:
-        rows = self.logits[torch.arange(LENGTH), z_t].flatten(0, 1)
-        times = t.unsqueeze(-1).expand_as(z_t).flatten()
-        log_probs = self.process.clean_log_probs(rows, z_t.flatten(), times)
-        return TablePrediction(log_probs.unflatten(0, z_t.shape))
 
 
 def _game(
     name: str, process_params: dict[str, object] | None = None, **params: object
 ) -> tuple[MomentMatching, Free, Free, Free]:
     process = make_process(name, VOCAB, **(process_params or {}))
-    student, teacher, auxiliary = (Free(process, seed) for seed in range(3))
+    student, teacher, auxiliary = (Free(process, LENGTH, seed) for seed in range(3))
     config = MomentMatching.Config(**params)  # type: ignore[arg-type]
     game = MomentMatching(
         config, process=process, network=student, teacher=teacher, copy_teacher=lambda: auxiliary, num_steps=4
@@ -92,6 +73,27 @@ def test_students_gradient_is_the_closed_form(name: str, process_params: dict[st
     assert float(expected.abs().max()) > 1e-3
     assert teacher.logits.grad is None
     assert auxiliary.logits.grad is None
+
+
+@pytest.mark.parametrize("turn", [("student",), ("auxiliary",), ("student", "auxiliary")], ids="-".join)
+def test_each_network_is_called_once_at_its_own_time_and_keeps_a_graph_only_on_its_turn(turn: tuple[str, ...]) -> None:
+    game, student, teacher, auxiliary = _game("uniform", auxiliary_target="posterior")
+    batch, draws = _inputs()
+    labels = torch.arange(BATCH)
+    s, t, z_t, z_s = _noisy(game, batch, draws)
+    student.calls.clear()
+    student.gradients.clear()
+    game.loss(turn, Batch(batch.tokens, labels), draws)
+    for network, z, time in ((student, z_t, t), (teacher, z_s, s), (auxiliary, z_s, s)):
+        ((given_z, given_time, condition),) = network.calls
+        assert torch.equal(given_z, z)
+        assert torch.equal(given_time, time)
+        assert condition is not None
+        assert condition.label is labels
+    assert teacher.gradients == {False}
+    assert auxiliary.gradients == {"auxiliary" in turn}
+    # The student is also read to draw x, without a graph.
+    assert student.gradients == ({True, False} if "student" in turn else {False})
 
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from worlds import SCHEDULES, bayes_posterior, forward_matrix, make_process
 
-from dmmd_core import Draws, Process
+from dmmd_core import Backbone, Draws, NetworkPrediction, Process
+from dmmd_core import draws as draws_module
 
 PROCESSES = [(name, schedule) for name in ("masked", "uniform", "skewed") for schedule in SCHEDULES]
 TIMES = [0.0, 0.13, 0.5, 0.77, 1.0]
@@ -149,6 +152,22 @@ def test_prior_samples_follow_the_prior(process: Process) -> None:
     assert bool(((counts - 40_000 * prior).abs() <= 6 * (40_000 * prior * (1 - prior)).sqrt()).all())
 
 
+@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+def test_the_most_extreme_noise_is_still_an_input_id_that_the_prior_allows(
+    monkeypatch: pytest.MonkeyPatch, word: int
+) -> None:
+    """The prior's distribution function may end below one by rounding, and the largest uniform beyond it."""
+    monkeypatch.setattr(draws_module, "philox_4x32", lambda counter, key: (counter[0] * 0 + counter[1] * 0 + word,) * 4)
+    ends_below_one = 0
+    for name, size in itertools.product(("masked", "uniform", "skewed"), range(2, 50)):
+        process = make_process(name, size)
+        ends_below_one += float(process.prior().cumsum(0)[-1]) <= 1 - 2.0**-53
+        (token,) = process.prior_sample(1, Draws.for_range(0, 0, 0, 1)).flatten().tolist()
+        assert token < process.num_inputs
+        assert process.prior()[token] > 0
+    assert ends_below_one > 0
+
+
 def test_posterior_looks_at_x_only_where_it_said(process: Process) -> None:
     draws = Draws.for_range(2, 0, 0, 2000)
     x = draws.integers("tokens", 3, (5,))
@@ -254,6 +273,18 @@ def test_conversion_has_finite_gradients_at_both_ends_of_time(name: str) -> None
     assert float(logits.grad[0].abs().sum()) == 0
 
 
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_a_networks_logits_are_normalised_in_float32_or_wider(narrow: torch.dtype, wide: torch.dtype) -> None:
+    process = make_process("masked", 40)
+    logits = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).to(narrow)
+    backbone = cast(Backbone, SimpleNamespace(head=lambda features: features))
+    z, t = torch.full((2, 3), 40), torch.tensor([0.3, 0.9])
+    given = NetworkPrediction(backbone, process, logits, z, t).log_probs(torch.tensor([4, 0]))
+    assert given.dtype == wide
+    expected = logits.to(wide).flatten(0, 1)[[4, 0]].log_softmax(-1)
+    assert torch.equal(given, expected)
+
+
 def test_soft_targets_ask_nothing_where_they_are_zero() -> None:
     """Carry-over as minus infinity must neither leak into soft cross-entropies nor turn them into NaN."""
     process = make_process("masked", 3)
@@ -272,6 +303,16 @@ def test_elbo_weight_of_the_masked_process() -> None:
     expected = 0.5 * math.pi * torch.sin(0.5 * math.pi * bounded) / (1 - torch.cos(0.5 * math.pi * bounded))
     assert torch.allclose(process.loss_weight(s), expected, rtol=1e-10)
     assert torch.equal(make_process("masked").loss_weight(s), torch.ones_like(s))
+
+
+def test_elbo_weight_of_the_uniform_process() -> None:
+    params = {"loss": "posterior_kl", "weight": "elbo", "parametrization": "leave_one_out", "min_time": 0.01}
+    process = make_process("uniform", 4, "cosine", **params)
+    s = torch.tensor([0.0, 0.005, 0.3, 0.995, 1.0], dtype=torch.float64)
+    angle = 0.5 * math.pi * s.clamp(0.01, 0.99)
+    expected = 0.5 * math.pi * torch.sin(angle) / (4 * torch.cos(angle))
+    assert torch.allclose(process.loss_weight(s), expected, rtol=1e-12)
+    assert torch.equal(make_process("uniform").loss_weight(s), torch.ones_like(s))
 
 
 def test_clean_posterior_is_bayes_rule(process: Process) -> None:

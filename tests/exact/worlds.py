@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dmmd_core import Process, Schedule
+from dmmd_core import Condition, Denoiser, Prediction, Process, Schedule, TablePrediction
 from dmmd_processes.masked import Masked
 from dmmd_processes.schedules import Cosine, Linear, Polynomial
 from dmmd_processes.uniform import Uniform
@@ -78,3 +78,38 @@ def naive_leave_one_out(process: Process, probabilities: Tensor, length: int, z:
                     weight = weight * forward[token, z[position]]
             mean[left_out, sequence[left_out]] += weight
     return mean / mean.sum(-1, keepdim=True)
+
+
+class Watched(TablePrediction):
+    """A table that notes whether gradients were on whenever it was read."""
+
+    def __init__(self, log_probs: Tensor, gradients: set[bool]) -> None:
+        super().__init__(log_probs)
+        self._gradients = gradients
+
+    def log_probs(self, rows: Tensor | None = None) -> Tensor:
+        self._gradients.add(torch.is_grad_enabled())
+        return super().log_probs(rows)
+
+
+class Free(Denoiser):
+    """A denoiser with one free row of logits for every position and input id; it notes how it was called."""
+
+    def __init__(self, process: Process, length: int, seed: int) -> None:
+        super().__init__()
+        self.process = process
+        source = torch.Generator().manual_seed(seed)
+        shape = (length, process.num_inputs, process.vocab_size)
+        self.logits = nn.Parameter(torch.randn(shape, generator=source, dtype=torch.float64))
+        self.calls: list[tuple[Tensor, Tensor, Condition | None]] = []
+        self.gradients: set[bool] = set()
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
+    ) -> Prediction:
+        self.calls.append((z_t, t, condition))
+        self.gradients.add(torch.is_grad_enabled())
+        rows = self.logits[torch.arange(z_t.shape[1]), z_t].flatten(0, 1)
+        times = t.unsqueeze(-1).expand_as(z_t).flatten()
+        log_probs = self.process.clean_log_probs(rows, z_t.flatten(), times)
+        return Watched(log_probs.unflatten(0, z_t.shape), self.gradients)
