@@ -33,6 +33,7 @@ def main() -> int:
     options = parser.parse_args()
     axes = [[f"{key}={value}" for value in values.split(",")] for key, _, values in map(_split, options.vary)]
     rows: list[dict[str, Any]] = []
+    commit = _commit()  # of the code that the runs start from
     for settings in itertools.product(*axes):
         name = "-".join([options.recipe.stem, *(text.replace("=", "_") for text in settings)])
         directory = options.runs / name
@@ -44,7 +45,7 @@ def main() -> int:
     content = {
         "recipe": options.recipe.name,
         "command": " ".join(["python benchmarks/vary.py", f"recipes/{options.recipe.name}", *told]),
-        "commit": _commit(),
+        "commit": commit,
         "machine": {
             "cpu_count": os.cpu_count(),
             "threads": os.environ.get("OMP_NUM_THREADS", "default"),
@@ -80,7 +81,7 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

@@ -95,6 +95,24 @@ def test_total_variation_by_averaging_agrees_with_the_exact_one() -> None:
     assert metric.evaluate(_subject(torch.zeros(2, 3, dtype=torch.int64))) == []
 
 
+def test_every_sample_counts_alike_whatever_the_size_of_the_last_batch() -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=3), codec=Integers(Integers.Config()))
+    process = _process(3)
+    sampler = Ancestral(Ancestral.Config(), process=process, length=3)
+    exact = ExactDenoiser(process, data.sequences(), data.probabilities())
+    values = []
+    for batch_size in (1000, 20_001):
+        metric = TotalVariation(TotalVariation.Config(num_samples=20_001, batch_size=batch_size), data=data)
+        tokens = torch.zeros(2, 3, dtype=torch.int64)
+        subject = Subject("student", 2, tokens, None, Mixed(exact), sampler, process, Draws.for_range(0, 0, 0, 1))
+        values.append(metric.evaluate(subject)[0])
+    # The same samples, grouped differently: only the order of summation differs.
+    assert values[0].value == pytest.approx(values[1].value, abs=1e-12)
+    assert all(value.standard_error is not None and value.standard_error > 1e-5 for value in values)
+    lone = TotalVariation(TotalVariation.Config(num_samples=101, batch_size=100), data=data).evaluate(subject)[0]
+    assert lone.value < 0.5, "one sample in a batch of its own must not count for a group"
+
+
 def test_pixels_round_trip_every_level() -> None:
     codec = Pixels(Pixels.Config(levels=17, height=4, width=5, channels=2))
     assert codec.grid == (4, 5, 2)

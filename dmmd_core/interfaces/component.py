@@ -125,7 +125,7 @@ class Component:
 
     A subclass of one of the interfaces carries a nested frozen keyword-only dataclass `Config` and a constructor
     ``__init__(self, config, *, ...)`` whose keyword arguments are taken from what assembly offers to its kind
-    (`dmmd_core.assemble.OFFERS`) and from the Config's slots.
+    (`dmmd_core.offers.OFFERS`) and from the Config's slots.
     """
 
     kind: ClassVar[str]
