@@ -264,15 +264,16 @@ class Run:
         """Draw samples in batches; labels follow the training data where the model takes them."""
         tokens, labels = [], []
         conditional = "labels" in self.plan.backbone.provides()
-        train = self.assembly.data.split("train") if conditional else None
+        size = self.assembly.data.size("train") if conditional else 0
         for start in range(0, num, self.plan.recipe.evaluate.batch_size):
             count = min(self.plan.recipe.evaluate.batch_size, num - start)
             draws = Draws.for_range(self.seed, 0, start, count, self.device).within("evaluate")
             condition = Condition()
-            if train is not None and train.labels is not None:
-                chosen = draws.integers("label", len(train)).cpu()
-                condition = Condition(label=train.labels[chosen].to(self.device))
-                labels.append(train.labels[chosen])
+            if conditional:
+                chosen = self.assembly.data.take("train", draws.integers("label", size).cpu()).labels
+                if chosen is not None:
+                    condition = Condition(label=chosen.to(self.device))
+                    labels.append(chosen)
             samples = self.sampler.sample(denoiser, draws, num_steps=steps, condition=condition)
             tokens.append(samples.tokens.cpu())
             self._stop_if_asked()
@@ -280,10 +281,10 @@ class Run:
 
     def _yardstick(self, split: str) -> Batch:
         """Real data seen through the codec: what a perfect model of the tokens would score."""
-        batch = self.assembly.data.split(split)
-        num = min(self.plan.recipe.evaluate.num_samples, len(batch))
-        chosen = Draws.for_range(self.seed, 0, 0, len(batch)).uniform("yardstick").argsort(stable=True)[:num]
-        return Batch(batch.tokens[chosen], None if batch.labels is None else batch.labels[chosen])
+        size = self.assembly.data.size(split)
+        num = min(self.plan.recipe.evaluate.num_samples, size)
+        chosen = Draws.for_range(self.seed, 0, 0, size).uniform("yardstick").argsort(stable=True)[:num]
+        return self.assembly.data.take(split, chosen)
 
     def _keep_samples(self, model: str, steps: int, batch: Batch) -> None:
         folder = self.directory / "samples"

@@ -45,17 +45,22 @@ def smoke_settings(plan: Plan, overrides: Sequence[str]) -> list[tuple[str, Any]
                 (f"{key}.log_every", min(section.log_every, 5)),
                 (f"{key}.optimizer.warmup_steps", min(section.optimizer.warmup_steps, _STEPS // 2)),
             ]
+    replaced: list[str] = []  # slots that a component fills with another one
     for part in plan.parts():
+        if any(part.key == key or part.key.startswith(f"{key}.") for key in replaced):
+            continue
         smaller = part.cls.smoke(part.config)
         if smaller != part.config:
             # A default slot is not in the file yet, so its name goes along.
             settings.append((f"{part.key}.name", part.entry.name))
-            settings += [
-                (f"{part.key}.params.{spec.name}", getattr(smaller, spec.name))
-                for spec in dataclasses.fields(smaller)
-                if getattr(smaller, spec.name) != getattr(part.config, spec.name)
-                and not isinstance(getattr(smaller, spec.name), Slot)
-            ]
+            for spec in dataclasses.fields(smaller):
+                value, key = getattr(smaller, spec.name), f"{part.key}.params.{spec.name}"
+                if value == getattr(part.config, spec.name):
+                    continue
+                if isinstance(value, Slot):
+                    replaced.append(key)
+                    value = dataclasses.asdict(value)
+                settings.append((key, value))
     chosen = {text.partition("=")[0] for text in overrides}
     return [(key, value) for key, value in settings if key not in chosen]
 

@@ -56,7 +56,10 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "objective": {
         "hard": {"name": "moment_matching"},
-        "soft": {"name": "moment_matching", "params": {"auxiliary_target": "soft", "turns": "alternate"}},
+        "soft_on_grid": {
+            "name": "moment_matching",
+            "params": {"auxiliary_target": "soft", "turns": "alternate", "times": "grid"},
+        },
         "posterior_shaped": {
             "name": "moment_matching",
             "params": {"auxiliary_target": "posterior", "temperature": 0.8, "top_p": 0.9, "chunk_rows": 5},
@@ -73,7 +76,7 @@ def _refused(choice: dict[str, str]) -> bool:
         (choice["teacher"] == "exact" and digits)  # too many sequences to sum over
         or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not digits)  # no grid, no labels
         or (choice["generator"] == "pyramid" and not digits)  # no grid
-        or (choice["objective"] == "soft" and choice["process"].startswith("uniform"))  # not exact there
+        or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
     )
 
 

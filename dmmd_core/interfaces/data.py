@@ -78,6 +78,20 @@ class Data(Component, ABC):
             KeyError: The data has no such split.
         """
 
+    def size(self, split: str) -> int:
+        """Number of examples of a split; raises a `KeyError` as `split` does."""
+        return len(self.split(split))
+
+    def take(self, split: str, indices: Tensor) -> Batch:
+        """Some examples of a split, on the CPU, for data too large to hold whole.
+
+        Args:
+            split: Name of the split; a `KeyError` as `split` raises.
+            indices: Numbers of the examples, int64 ``[n]`` on the CPU, below `size`.
+        """
+        whole = self.split(split)
+        return Batch(whole.tokens[indices], None if whole.labels is None else whole.labels[indices])
+
     def originals(self, split: str) -> Tensor | None:
         """Undamaged media of a split before any codec (images uint8 ``[n, channels, height, width]``), or None."""
         return None

@@ -45,6 +45,10 @@ class MomentMatching(Objective):
         turns: Literal["joint", "alternate"] = option(
             "joint", help="update both players on one draw, or student and auxiliary in turn"
         )
+        times: Literal["interval", "grid"] = option(
+            "interval",
+            help="t = s + delta with delta ~ U(0, 1/k), as in algorithm 1, or the next of the k times a sampler visits",
+        )
         auxiliary_target: Literal["hard", "soft", "posterior"] = option(
             "hard",
             help="auxiliary learns from the drawn tokens, from the student's probabilities (masked only), or from "
@@ -116,8 +120,14 @@ class MomentMatching(Objective):
         return ("auxiliary",) if step % 2 else ("student",)
 
     def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Draw s ~ U(0, 1) and t = min(1, s + delta), delta ~ U(0, 1/k); float64 ``[batch]`` each."""
+        """Draw s ~ U(0, 1) and the t it comes from; float64 ``[batch]`` each.
+
+        ``interval``: t = min(1, s + delta), delta ~ U(0, 1/k) (algorithm 1). ``grid``: t = ceil(k s) / k, the time from
+        which a sampler of k steps crosses s, so that the student practises the steps it will take and no others.
+        """
         s = draws.uniform("s")
+        if self.config.times == "grid":
+            return s, (s * self.num_steps).ceil() / self.num_steps
         return s, (s + draws.uniform("delta") / self.num_steps).clamp(max=1)
 
     def loss(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> Losses:

@@ -257,6 +257,22 @@ def test_metrics_are_the_students_entropy_and_half_the_distance_of_teacher_and_a
         float((theta - phi).abs().sum(-1).mean() / 2), rel=2**-23
     )
 
+def test_times_on_the_grid_are_those_of_the_sampler() -> None:
+    game, *_ = _game("uniform", times="grid")
+    s, t = game.draw_times(Draws.for_range(0, 0, 0, 4000))
+    steps = (t * game.num_steps).round()
+    assert torch.equal(t, steps / game.num_steps), "every t is a time that a sampler of k steps visits"
+    assert bool((s < t).all())
+    assert bool((t - s <= 1 / game.num_steps).all())
+    assert torch.bincount(steps.long()).tolist()[0] == 0
+    counts = torch.bincount(steps.long())[1:].double()
+    assert torch.allclose(counts / 4000, torch.full_like(counts, 1 / game.num_steps), atol=0.03)
+    ends = torch.tensor([1e-12, 0.25, 0.5, 1 - 1e-12], dtype=torch.float64)
+    game.num_steps = 3
+    fake = type("Fake", (), {"uniform": lambda self, stream: ends})()
+    assert game.draw_times(fake)[1].tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1.0])
+
+
 
 def test_times_are_those_of_algorithm_1() -> None:
     game, *_ = _game("masked")
