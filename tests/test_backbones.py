@@ -11,7 +11,9 @@ import torch
 from dmmd_backbones.attention import choose_attention, sdpa_attention, xformers_attention, xformers_problem
 from dmmd_backbones.mlp import MLP
 from dmmd_backbones.transformer import Transformer, rotary_angles, rotate
-from dmmd_core import Backbone, Condition, RunError
+from dmmd_core import Backbone, Condition, NetworkDenoiser, RunError
+from dmmd_processes.masked import Masked
+from dmmd_processes.schedules import Linear
 
 INPUTS, VOCAB, GRID = 7, 6, (2, 3)
 
@@ -37,6 +39,8 @@ BACKBONES = {
     "rotary_grid": lambda: _transformer(layout="grid", width=32),
     "learned": lambda: _transformer(positions="learned"),
     "learned_grid": lambda: _transformer(positions="learned", layout="grid"),
+    "convolutions": lambda: _transformer(convolutions=2),
+    "convolutions_grid": lambda: _transformer(convolutions=1, positions="learned", layout="grid"),
     "classes": lambda: _transformer(class_conditional=True),
 }
 
@@ -143,3 +147,31 @@ def test_kernels_agree_in_values_and_gradients(dtype: torch.dtype) -> None:
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for first, second in zip(*results, strict=True):
         assert torch.allclose(first.float(), second.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_convolutions_mix_neighbours_and_start_as_the_identity() -> None:
+    torch.manual_seed(0)
+    for layout, neighbours in (("line", {0, 1, 2}), ("grid", {0, 1, 2, 3, 4, 5})):
+        model = _transformer(convolutions=1, layout=layout, positions="learned")
+        layer = model.convolutions[0]
+        x = torch.randn(1, 6, 16)
+        moved = x.clone()
+        moved[0, 1] += 1
+        changed = (layer(x) - layer(moved)).abs().sum(-1)[0] > 1e-6
+        assert set(changed.nonzero().flatten().tolist()) == neighbours
+    torch.manual_seed(0)
+    config = Transformer.Config(width=16, heads=2, depth=1, convolutions=1)
+    fresh = Transformer(config, num_inputs=INPUTS, vocab_size=VOCAB, length=6, grid=None, num_classes=None)
+    assert torch.equal(fresh.convolutions[0](x), x)
+
+
+def test_a_fixed_position_shows_the_network_the_time_of_the_others() -> None:
+    process = Masked(Masked.Config(), vocab_size=VOCAB, schedule=Linear(Linear.Config()))
+    model = _transformer()
+    denoiser = NetworkDenoiser(model, process)
+    z = torch.tensor([[1, 6, 6, 2, 6, 6]])
+    fixed = torch.tensor([[True, False, False, True, False, False]])
+    times = torch.where(fixed, 0.0, torch.tensor(0.7))
+    given = denoiser(z, times, Condition(fixed=fixed, values=z)).log_probs()
+    trained = denoiser(z, torch.tensor([0.7])).log_probs()
+    assert torch.allclose(given, trained, atol=1e-6)

@@ -37,6 +37,21 @@ class Condition:
     context: object | None = None
 
 
+def network_times(t: Tensor, condition: Condition) -> Tensor:
+    """Times that a network is shown: a fixed position takes the latest time of its sample.
+
+    In training all positions of a sample share one time, visible ones too; t = 0 beside noisy positions would be news
+    to the network. The process goes on with t = 0 at fixed positions.
+
+    Args:
+        t: Times, ``[batch]`` or ``[batch, length]``.
+        condition: Says which positions are fixed.
+    """
+    if condition.fixed is None or t.ndim == 1:
+        return t
+    return torch.where(condition.fixed, t.amax(-1, keepdim=True), t)
+
+
 class Prediction(ABC):
     """A factorised prediction of the clean tokens, made row by row on demand.
 
@@ -115,7 +130,7 @@ class Denoiser(nn.Module, ABC):
 
         Args:
             z_t: Noisy tokens, int64 ``[batch, length]``.
-            t: Times, ``[batch]`` or ``[batch, length]``.
+            t: Times, ``[batch]`` or ``[batch, length]``; 0 at fixed positions.
             condition: Labels, fixed positions, context.
             latent: Input noise from `draw_latent`; None for denoisers that take none.
         """
@@ -149,5 +164,6 @@ class NetworkDenoiser(Denoiser):
         """See `Denoiser.forward`."""
         if latent is not None:
             raise ValueError("this denoiser takes no latent; use a generator with input noise")
-        features = self.backbone.features(z_t, t, condition or Condition())
+        condition = condition or Condition()
+        features = self.backbone.features(z_t, network_times(t, condition), condition)
         return NetworkPrediction(self.backbone, self.process, features, z_t, t)

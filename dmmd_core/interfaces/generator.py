@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmmd_core.interfaces.backbone import Backbone
 from dmmd_core.interfaces.component import Component
-from dmmd_core.interfaces.denoiser import Condition, Denoiser, NetworkPrediction, Prediction
+from dmmd_core.interfaces.denoiser import Condition, Denoiser, NetworkPrediction, Prediction, network_times
 from dmmd_core.interfaces.process import Process
 
 
@@ -42,5 +42,6 @@ class Generator(Denoiser, Component, ABC):
         if self.takes_latent != (latent is not None):
             raise ValueError(f"{type(self).__name__} {'needs a' if self.takes_latent else 'takes no'} latent")
         noise = None if latent is None else self.input_noise(latent)
-        features = self.backbone.features(z_t, t, condition or Condition(), noise)
+        condition = condition or Condition()
+        features = self.backbone.features(z_t, network_times(t, condition), condition, noise)
         return NetworkPrediction(self.backbone, self.process, features, z_t, t)

@@ -82,6 +82,30 @@ class Block(nn.Module):
         return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
 
 
+class ShortConvolution(nn.Module):
+    """Residual depthwise convolution over three neighbours along every axis; starts as the identity.
+
+    Args:
+        axes: Extents of the axes that the positions lie on, one or two.
+        width: Channels.
+    """
+
+    def __init__(self, axes: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.axes = tuple(axes)
+        kind = nn.Conv1d if len(self.axes) == 1 else nn.Conv2d
+        self.mix = kind(width, width, 3, padding=1, groups=width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, length, width]`` to the same."""
+        channels_first = x.transpose(1, 2).unflatten(-1, self.axes)
+        mixed = self.mix(channels_first).flatten(2).transpose(1, 2)
+        return x + self.out(nn.functional.gelu(mixed))
+
+
 class Transformer(Backbone):
     """Transformer over tokens in a line or on a grid."""
 
@@ -96,6 +120,9 @@ class Transformer(Backbone):
         positions: Literal["rotary", "learned"] = option("rotary", help="position encoding")
         layout: Literal["line", "grid"] = option("line", help="positions in one dimension, or on the data's grid")
         attention: Literal["auto", "sdpa", "xformers"] = option("auto", help="attention kernel")
+        convolutions: int = option(
+            0, help="short depthwise convolutions (three positions) on the embeddings", minimum=0
+        )
         class_conditional: bool = option(False, help="condition on the data's class labels")
         dropout: float = option(0.0, help="dropout in the feed-forward layers", minimum=0, below=1)
 
@@ -117,6 +144,8 @@ class Transformer(Backbone):
         super().__init__()
         self.config = config
         self.embedding_width = config.width
+        if config.convolutions and config.layout == "grid" and grid is not None and len(grid) > 2:
+            raise FieldError("convolutions", f"works over one or two axes, the data's grid has {len(grid)}")
         axes = grid if config.layout == "grid" and grid is not None else (length,)
         head_width = config.width // config.heads
         if config.positions == "rotary" and head_width % (2 * len(axes)):
@@ -138,6 +167,9 @@ class Transformer(Backbone):
             # A grid's position is the sum of one learned vector per axis.
             scale = 1 / math.sqrt(len(axes))
             self.axes = nn.ParameterList(nn.Parameter(scale * torch.randn(extent, config.width)) for extent in axes)
+        self.convolutions = nn.ModuleList(
+            ShortConvolution(axes, config.width) for _ in range(config.convolutions)
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 2 * config.width)
@@ -195,6 +227,8 @@ class Transformer(Backbone):
             rotary = (self.cosine, self.sine)
         else:
             x = x + self._learned_positions()
+        for convolution in self.convolutions:
+            x = convolution(x)
         for block in self.blocks:
             x = block(x, conditioning, rotary)
         shift, scale = self.modulation(conditioning).chunk(2, dim=-1)

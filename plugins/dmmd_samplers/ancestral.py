@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from dmmd_core import (
     UnsupportedError,
     categorical_from_uniform,
     option,
+    shape_log_probs,
 )
 
 _MAX_STATES = 20_000
@@ -31,6 +33,11 @@ class Ancestral(Sampler):
         """Parameters."""
 
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
+        temperature: float = option(1.0, help="temperature of every prediction", above=0)
+        top_p: float = option(1.0, help="nucleus of every prediction", above=0, maximum=1)
+        top_p_lowering: float | None = option(
+            None, help="nats taken off tokens outside the nucleus; null removes them", above=0
+        )
 
     def __init__(self, config: Ancestral.Config, *, process: Process, length: int) -> None:
         self.config = config
@@ -65,7 +72,7 @@ class Ancestral(Sampler):
             prediction = denoiser(z, t, condition, denoiser.draw_latent(now))
             to_draw = self.process.rows_to_draw(z, s, t, now)
             if last_step and step == num_steps - 1:
-                last = prediction.log_probs().unflatten(0, z.shape)
+                last = self._shape(prediction.log_probs()).unflatten(0, z.shape)
                 # What is not drawn stays as it is, whatever the denoiser says of it.
                 kept = torch.nn.functional.one_hot(z.clamp(max=last.shape[-1] - 1), last.shape[-1]).to(last).log()
                 last = torch.where(to_draw.unsqueeze(-1), last, kept)
@@ -73,7 +80,7 @@ class Ancestral(Sampler):
             uniform = now.uniform("x", z.shape[1:]).flatten()
             x = z.clamp(max=self.process.vocab_size - 1).flatten()
             for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
-                x[rows] = categorical_from_uniform(log_probs.exp(), uniform[rows])
+                x[rows] = categorical_from_uniform(self._shape(log_probs).exp(), uniform[rows])
             z = self.process.posterior_sample(x.view_as(z), z, s, t, now)
         return Samples(z, last)
 
@@ -96,13 +103,18 @@ class Ancestral(Sampler):
             # States of no weight are left out: a denoiser need not make sense of them.
             for part in (weights > 0).nonzero().squeeze(-1).split(1024):
                 z = states[part]
-                x_probs = denoiser(z, t[part]).log_probs().double().exp().unflatten(0, z.shape)
+                x_probs = self._shape(denoiser(z, t[part]).log_probs()).double().exp().unflatten(0, z.shape)
                 x_probs = x_probs / x_probs.sum(-1, keepdim=True)
                 transition = _outer(self.process.posterior_probs(x_probs, z, s[part], t[part]))
                 moved += weights[part] @ transition
             weights = moved
         clean = (states < self.process.vocab_size).all(-1)
         return weights[clean].cpu()
+
+    def _shape(self, log_probs: Tensor) -> Tensor:
+        config = self.config
+        lowering = math.inf if config.top_p_lowering is None else config.top_p_lowering
+        return shape_log_probs(log_probs, config.temperature, config.top_p, lowering)
 
     def _fix(self, time: float, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Times ``[batch]``, or per position with fixed ones at 0, and `z` with the fixed tokens put in."""

@@ -14,6 +14,7 @@ from dmmd_core import (
     Draws,
     EnumerableData,
     Prediction,
+    ShapedDenoiser,
     TablePrediction,
     UnsupportedError,
 )
@@ -185,3 +186,26 @@ def test_too_large_a_world_is_refused() -> None:
     sampler, teacher = _setup("masked", data)
     with pytest.raises(UnsupportedError, match="too many to enumerate"):
         sampler.distribution(teacher, num_steps=1)
+
+
+def test_shaping_at_sampling_time_is_that_of_a_shaped_denoiser() -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=3), codec=CODEC)
+    sampler, teacher = _setup("masked", data)
+    config = Ancestral.Config(temperature=0.7, top_p=0.8, top_p_lowering=2.0)
+    shaping = Ancestral(config, process=sampler.process, length=3)
+    shaped = ShapedDenoiser(teacher, temperature=0.7, top_p=0.8, lowering=2.0)
+    draws = Draws.for_range(0, 0, 0, 200)
+    assert torch.equal(
+        shaping.sample(teacher, draws, num_steps=2).tokens, sampler.sample(shaped, draws, num_steps=2).tokens
+    )
+    assert torch.allclose(shaping.distribution(teacher, num_steps=2), sampler.distribution(shaped, num_steps=2))
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+def test_a_nucleus_without_lowering_leaves_nothing_outside(name: str) -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=3), codec=CODEC)
+    _, teacher = _setup(name, data)
+    greedy = Ancestral(Ancestral.Config(top_p=1e-3), process=make_process(name, 3), length=3)
+    samples = greedy.sample(teacher, Draws.for_range(0, 0, 0, 50), num_steps=1, last_step=True)
+    assert samples.last_log_probs is not None
+    assert torch.allclose(samples.last_log_probs.exp().amax(-1), torch.ones((), dtype=torch.float64))
