@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         FiniteData,
         Generator,
         ImageCodec,
+        LanguageModel,
         Losses,
         Metric,
         NetworkDenoiser,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         Subject,
         TablePrediction,
         Teacher,
+        TextCodec,
         Value,
         option,
         per_position,
@@ -73,9 +75,9 @@ _HOMES = {
     "UnsupportedError",
     "dmmd_core.hookspecs": "hookimpl",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
-    "EnumerableData Features FiniteData Generator ImageCodec Losses Metric NetworkDenoiser NetworkPrediction "
+    "EnumerableData Features FiniteData Generator ImageCodec LanguageModel Losses Metric NetworkDenoiser NetworkPrediction "
     "Objective Player Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher "
-    "Value option per_position slot",
+    "TextCodec Value option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
@@ -106,6 +108,7 @@ __all__ = [
     "FiniteData",
     "Generator",
     "ImageCodec",
+    "LanguageModel",
     "Losses",
     "Metric",
     "NetworkDenoiser",
@@ -132,6 +135,7 @@ __all__ = [
     "Subject",
     "TablePrediction",
     "Teacher",
+    "TextCodec",
     "UnsupportedError",
     "Value",
     "categorical_from_uniform",

@@ -99,6 +99,8 @@ class Assembly:
         self.offers["process"] = self.process
         self.offers["num_inputs"] = self.process.num_inputs
         self.sampler = cast("Sampler", self._build(self.plan.sampler))
+        teacher_sampler = self.plan.teacher_sampler
+        self.teacher_sampler = cast("Sampler", self._build(teacher_sampler)) if teacher_sampler else self.sampler
 
     def _build(self, part: Part, **more: Any) -> Component:
         return build(part, {**self.offers, **more}, self.source)

@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dmmd_core.errors import DmmdError
+from dmmd_core.errors import DmmdError, RecipeError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dmmd_core.pipeline import Run
+    from dmmd_core.saved import SavedModel
 
 EXIT_CODES = "exit codes: 0 done; 1 internal error; 2 bad recipe, plugin, data or checkpoint; 130 interrupted"
 
@@ -47,6 +50,13 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--model", choices=("student", "teacher"), default="student", help="which model")
     parser.add_argument("--label", type=int, help="class label, for models with classes")
+    parser.add_argument("--prompt", default="", help="text that every sample begins with")
+    parser.add_argument("--suffix", default="", help="text that every sample ends with")
+    parser.add_argument(
+        "--template", metavar="FILE", help="tokens to keep: .npy of [length] or [num, length], -1 where to fill in"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of every prediction (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of every prediction (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default="samples", help="folder to write to (default: samples)")
@@ -94,7 +104,8 @@ def _run(options: argparse.Namespace) -> None:
     from dmmd_core.resolve import resolve
 
     recipe = load_recipe(options.recipe, options.overrides)
-    plan = resolve(recipe, registry)
+    # Neither --check nor --smoke needs the data, paths or libraries of the full run to be there.
+    plan = resolve(recipe, registry, outside=not options.check and not options.smoke)
     if options.smoke:
         from dmmd_core.smoke import clear_smoke_directory, smoke_settings
 
@@ -106,6 +117,10 @@ def _run(options: argparse.Namespace) -> None:
         from dmmd_core.listing import print_check
 
         print_check(run)
+        try:
+            resolve(recipe, registry)
+        except RecipeError as error:
+            print(f"\nWhat the run needs and does not find here:\n{error}")
         return
     _stop_on_signals(run)
     run.execute()
@@ -136,9 +151,34 @@ def _sample(options: argparse.Namespace) -> None:
     load = load_student if options.model == "student" else load_teacher
     model = load(options.path, device=choose_device(options.device))
     try:
-        tokens = model.sample(options.num, steps=options.steps, seed=options.seed, label=options.label)
+        tokens = model.sample(
+            options.num,
+            steps=options.steps,
+            seed=options.seed,
+            label=options.label,
+            template=_template(options, model),
+            temperature=options.temperature,
+            top_p=options.top_p,
+        )
     except ValueError as error:
         raise RunError(str(error)) from error
     steps = options.steps or model.trained_num_steps
     written = write_media(model.codec, tokens, out, f"{options.model}_{steps}_seed{options.seed}")
     print("\n".join(str(path) for path in written))
+
+
+def _template(options: argparse.Namespace, model: SavedModel) -> Tensor | None:
+    """The tokens to keep, from a prompt or from a file; raises a `ValueError` where they make no sense."""
+    if options.template and (options.prompt or options.suffix):
+        raise ValueError("--template and --prompt or --suffix exclude each other")
+    if options.prompt or options.suffix:
+        return model.text_template(options.prompt, options.suffix)
+    if not options.template:
+        return None
+    import numpy as np
+    import torch
+
+    try:
+        return torch.from_numpy(np.load(options.template, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--template: {options.template} cannot be read as .npy ({error})") from error

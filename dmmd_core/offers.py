@@ -19,5 +19,6 @@ OFFERS: dict[str, frozenset[str]] = {
     "teacher": _SPEC | {"process", "data", "codec", "backbone"},
     "sampler": _SPEC | {"process"},
     "features": _SPEC | {"data", "codec", "seed", "cache_directory"},
+    "language_model": _SPEC | {"data", "codec", "seed", "cache_directory"},
     "metric": _SPEC | {"data", "codec", "process", "seed", "cache_directory"},
 }

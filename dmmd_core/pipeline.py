@@ -73,7 +73,10 @@ class Run:
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
         self.assembly = Assembly(plan, self.directory / "cache")
-        self.sampler = AutocastSampler(self.assembly.sampler, self.device, self.precision)
+        self.samplers = {
+            "student": AutocastSampler(self.assembly.sampler, self.device, self.precision),
+            "teacher": AutocastSampler(self.assembly.teacher_sampler, self.device, self.precision),
+        }
         self._dry_build()
 
     # ---- what observers hear --------------------------------------------------------------------------------
@@ -229,7 +232,7 @@ class Run:
             batch = self._yardstick(model)
         else:
             started = time.monotonic()
-            batch = self._sample(denoiser, steps, section.num_samples)
+            batch = self._sample(model, denoiser, steps, section.num_samples)
             seconds = time.monotonic() - started
             self.metrics["timing"].setdefault("sampling", {})[f"{model}_{steps}"] = round(seconds, 3)
         self._keep_samples(model, steps, batch)
@@ -240,7 +243,7 @@ class Run:
             tokens=batch.tokens,
             labels=batch.labels,
             denoiser=denoiser,
-            sampler=None if denoiser is None else self.sampler,
+            sampler=self.samplers.get(model),
             process=self.assembly.process,
             draws=draws,
         )
@@ -249,7 +252,7 @@ class Run:
             "num_steps": steps,
             "trained_num_steps": trained_steps,
             "seed": self.seed,
-            "sampler": recipe.sampler.name if denoiser is not None else None,
+            "sampler": self._sampler_name(model),
             "dtype": str(self.precision).removeprefix("torch."),
             "ema": self._uses_average(model),
         }
@@ -260,7 +263,13 @@ class Run:
                 self._stop_if_asked()
         return rows
 
-    def _sample(self, denoiser: Denoiser, steps: int, num: int) -> Batch:
+    def _sampler_name(self, model: str) -> str | None:
+        if model not in self.samplers:
+            return None
+        recipe = self.plan.recipe
+        return ((model == "teacher" and recipe.evaluate.teacher_sampler) or recipe.sampler).name
+
+    def _sample(self, model: str, denoiser: Denoiser, steps: int, num: int) -> Batch:
         """Draw samples in batches; labels follow the training data where the model takes them."""
         tokens, labels = [], []
         conditional = "labels" in self.plan.backbone.provides()
@@ -274,7 +283,7 @@ class Run:
                 if chosen is not None:
                     condition = Condition(label=chosen.to(self.device))
                     labels.append(chosen)
-            samples = self.sampler.sample(denoiser, draws, num_steps=steps, condition=condition)
+            samples = self.samplers[model].sample(denoiser, draws, num_steps=steps, condition=condition)
             tokens.append(samples.tokens.cpu())
             self._stop_if_asked()
         return Batch(torch.cat(tokens), torch.cat(labels) if labels else None)

@@ -86,6 +86,9 @@ class EvaluateSection:
     num_samples: int = option(1000, help="samples per model and number of steps", minimum=1)
     batch_size: int = option(500, help="samples drawn at a time; does not change them", minimum=1)
     metrics: list[Slot] = slot("metric", help="what is measured", many=True)
+    teacher_sampler: Slot | None = slot(
+        "sampler", None, help="how the teacher is sampled, where it differs from sampler: shaped, for example"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

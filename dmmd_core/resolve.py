@@ -60,6 +60,7 @@ class Plan:
     generator: Part
     objective: Part
     sampler: Part
+    teacher_sampler: Part | None
     metrics: list[Part]
     teacher_objective: Part | None
     teacher_load: Part | None
@@ -74,13 +75,18 @@ class Plan:
                     yield from part.walk()
 
 
-def resolve(recipe: Recipe, registry: Registry) -> Plan:
+def resolve(recipe: Recipe, registry: Registry, *, outside: bool = True) -> Plan:
     """Type every component's parameters and check what components require of each other.
+
+    Args:
+        recipe: The recipe.
+        registry: The components.
+        outside: Also ask what depends on the outside world: whether data are where the recipe says, for example.
 
     Raises:
         RecipeError: Carries every problem found, including those of the hook ``dmmd_check_recipe``.
     """
-    problems = Problems(recipe.source)
+    problems = Problems(recipe.source, outside=outside)
     initialize = recipe.distill.initialize
     plan = Plan(
         recipe=recipe,
@@ -90,6 +96,9 @@ def resolve(recipe: Recipe, registry: Registry) -> Plan:
         generator=_required(recipe.generator, "generator", "generator", registry, problems),
         objective=_required(recipe.objective, "objective", "objective", registry, problems),
         sampler=_required(recipe.sampler, "sampler", "sampler", registry, problems),
+        teacher_sampler=_part(
+            recipe.evaluate.teacher_sampler, "sampler", "evaluate.teacher_sampler", registry, problems
+        ),
         metrics=[
             _required(metric, "metric", f"evaluate.metrics[{place}]", registry, problems)
             for place, metric in enumerate(recipe.evaluate.metrics)
@@ -141,7 +150,8 @@ def resolve_slot(wanted: Slot, kind: str, key: str, registry: Registry, problems
         else:
             slots[spec.name] = value and resolve_slot(value, inner_kind, place, registry, problems)
     try:
-        entry.cls.check(config)
+        if problems.outside:
+            entry.cls.check(config)
     except FieldError as error:
         problems.add(join(join(key, "params"), error.field) if error.field else key, error.message)
     return Part(key, entry, config, slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +16,17 @@ from dmmd_core.assemble import Assembly
 from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
 from dmmd_core.draws import Draws
 from dmmd_core.errors import CheckpointError, Problem, RecipeError
-from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler
+from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler, TextCodec
 from dmmd_core.plugins import load_plugins
 from dmmd_core.recipe import Recipe
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Plan, resolve
 from dmmd_core.schema import Problems, Source, read_dataclass
+from dmmd_core.shaping import ShapedDenoiser
 
 Role = Literal["teacher", "student"]
 _SCHEMA = 1
+FREE = -1  # in a template: a position that the model fills in
 
 
 def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, facts: dict[str, Any]) -> None:
@@ -121,6 +124,9 @@ class SavedModel:
         steps: int | None = None,
         seed: int = 0,
         label: int | None = None,
+        template: Tensor | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         batch_size: int = 256,
     ) -> Tensor:
         """Draw samples; the same seed gives the same samples whatever the batch size.
@@ -130,13 +136,18 @@ class SavedModel:
             steps: Sampling steps; by default what the student was trained for.
             seed: Seed of all noise.
             label: Class label for all of them; None draws labels uniformly where the model takes them.
+            template: Given tokens, int64 ``[length]`` or ``[num, length]``, with `FREE` where the model fills in
+                (`text_template` makes one of a prompt). The given tokens stay as they are.
+            temperature: Divides the log-probabilities of every prediction.
+            top_p: Mass of the nucleus; tokens outside it are never drawn.
             batch_size: Samples per network call.
 
         Returns:
             Tokens, int64 ``[num, length]``, on the CPU; `codec` decodes them.
 
         Raises:
-            ValueError: A label for a model without classes, one out of range, or no number of steps.
+            ValueError: A label for a model without classes, one out of range, no number of steps, or a template of
+                another shape or with tokens that the model does not have.
         """
         steps = steps or self.trained_num_steps
         if not steps or steps < 1 or num < 1:
@@ -145,14 +156,54 @@ class SavedModel:
             raise ValueError(f"{self.name!r} was trained without class labels; leave the label out")
         if label is not None and not 0 <= label < (self.spec.num_classes or 0):
             raise ValueError(f"the label must be in 0..{(self.spec.num_classes or 0) - 1}, got {label}")
+        if temperature <= 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}")
+        if template is not None:
+            template = self._checked_template(template, num)
+        denoiser = self.denoiser
+        if temperature != 1.0 or top_p != 1.0:
+            denoiser = ShapedDenoiser(denoiser, temperature=temperature, top_p=top_p, lowering=math.inf)
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         parts = []
         for start in range(0, num, batch_size):
             draws = Draws.for_range(seed, 0, start, min(batch_size, num - start), device).within("sample")
-            parts.append(self.sampler.sample(
-                self.denoiser, draws, num_steps=steps, condition=self._condition(draws, label)
-            ).tokens.cpu())  # fmt: skip
+            condition = self._condition(draws, label)
+            if template is not None:
+                given = template[start : start + draws.batch].to(device)
+                condition = dataclasses.replace(condition, fixed=given != FREE, values=given.clamp_min(0))
+            parts.append(self.sampler.sample(denoiser, draws, num_steps=steps, condition=condition).tokens.cpu())
         return torch.cat(parts)
+
+    def text_template(self, prompt: str = "", suffix: str = "") -> Tensor:
+        """Template that begins with a prompt and ends with a suffix, int64 ``[length]``.
+
+        Raises:
+            ValueError: The model does not speak text, or prompt and suffix leave nothing to fill in.
+        """
+        if not isinstance(self.codec, TextCodec):
+            raise ValueError(f"{self.name!r} does not speak text; give a template of tokens instead of a prompt")
+        first, last = (self.codec.encode_text(text) for text in (prompt, suffix))
+        free = self.spec.length - len(first) - len(last)
+        if free < 1:
+            raise ValueError(
+                f"prompt and suffix have {len(first) + len(last)} tokens and leave nothing of {self.spec.length} to fill in"
+            )
+        tokens = [*map(int, first), *[FREE] * free, *map(int, last)]
+        return torch.tensor(tokens, dtype=torch.int64)
+
+    def _checked_template(self, template: Tensor, num: int) -> Tensor:
+        length, vocab_size = self.spec.length, self.spec.vocab_size
+        if template.is_floating_point() or tuple(template.shape) not in ((length,), (num, length)):
+            raise ValueError(
+                f"the template must be integers of shape [{length}] or [{num}, {length}], got {template.dtype} of "
+                f"shape {list(template.shape)}"
+            )
+        if int(template.min()) < FREE or int(template.max()) >= vocab_size:
+            raise ValueError(
+                f"the template's tokens must be in 0..{vocab_size - 1}, or {FREE} where the model fills in, got "
+                f"{int(template.min())}..{int(template.max())}"
+            )
+        return template.long().expand(num, length)
 
     def _condition(self, draws: Draws, label: int | None) -> Condition:
         if not self.conditional:
@@ -258,7 +309,7 @@ def _load(folder: Path, role: Role, device: str | torch.device, registry: Regist
         role=role,
         denoiser=denoiser.to(device).eval().requires_grad_(False),
         process=assembly.process,
-        sampler=assembly.sampler,
+        sampler=assembly.sampler if role == "student" else assembly.teacher_sampler,
         codec=codec,
         spec=spec,
         trained_num_steps=config.get("trained_num_steps"),

@@ -51,10 +51,11 @@ class Source:
 
 @dataclass
 class Problems:
-    """Collects problems while a recipe is read."""
+    """Collects problems while a recipe is read; `outside` asks for those of the outside world as well."""
 
     source: Source
     found: list[Problem] = field(default_factory=list)
+    outside: bool = True
 
     def add(self, key: str, message: str) -> None:
         """Note a problem at a key path."""

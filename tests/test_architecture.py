@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "media": {"interfaces"},
     "smoke": BASE | {"resolve"},
     "listing": BASE | {"registry"},
-    "saved": BASE | {"assemble", "checkpoint", "plugins", "recipe", "registry", "resolve", "schema"},
+    "saved": BASE | {"assemble", "checkpoint", "plugins", "recipe", "registry", "resolve", "schema", "shaping"},
     "train": BASE | {"checkpoint", "ema", "optim", "precision", "recipe"},
     "pipeline": BASE | {"assemble", "checkpoint", "distributed", "precision", "recipe", "registry", "resolve", "saved"}
     | {"schema", "train"},

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from dmmd_core.interfaces.component import Component
@@ -42,6 +45,59 @@ class Codec(Component, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal digest of everything that decides what a token means."""
+
+
+class TextCodec(Codec):
+    """A tokenizer: text to tokens of any number and back; capability ``text``.
+
+    Attributes:
+        vocab_size: Number of tokens, known before the codec is fitted, the boundary included.
+        boundary: Token that ends a document.
+    """
+
+    media: Media = "text"
+    vocab_size: int
+    boundary: int
+
+    @classmethod
+    def provides(cls, config: Any) -> frozenset[str]:
+        """See `Component.provides`."""
+        return frozenset({"text"})
+
+    def fit(self, documents: Iterable[str]) -> None:
+        """Learn from the training documents, or load what the tokenizer needs; called before any encoding.
+
+        Raises:
+            RunError: The documents, or what is to be loaded, do not give the vocabulary that was asked for.
+        """
+
+    @abstractmethod
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Turn texts into tokens, an integer array each, without boundaries."""
+
+    @abstractmethod
+    def cache_key(self) -> str:
+        """What decides the tokens of a given corpus, known before `fit`: the key of a cache of tokens."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Turn tokens, int64 ``[n, length]``, into a text each."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Turn one text into tokens."""
+        return [int(token) for token in self.encode_texts([text])[0]]
+
+    def encode(self, media: Any) -> Tensor:
+        """Turn texts that happen to have equally many tokens into int64 ``[n, length]``.
+
+        Raises:
+            ValueError: They have different numbers of tokens.
+        """
+        rows = self.encode_texts(list(media))
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) > 1:
+            raise ValueError(f"the texts have {lengths[0]} to {lengths[-1]} tokens; encode them one at a time")
+        return torch.from_numpy(np.stack(rows).astype(np.int64)) if rows else torch.empty(0, 0, dtype=torch.int64)
 
 
 class ImageCodec(Codec):

@@ -22,6 +22,7 @@ KINDS: tuple[str, ...] = (
     "sampler",
     "metric",
     "features",
+    "language_model",
 )
 
 

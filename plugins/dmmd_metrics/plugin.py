@@ -13,10 +13,18 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     from dmmd_metrics.copies import Copies
     from dmmd_metrics.entropy import TokenEntropy
     from dmmd_metrics.frechet import FrechetDistance
+    from dmmd_metrics.language_models import Trained, TransformersCausal
     from dmmd_metrics.product_bound import ProductBound
+    from dmmd_metrics.text import GenerativePerplexity, GradientMoment, Mauve, NgramDivergence
     from dmmd_metrics.total_variation import TotalVariation
 
     registry.add("features", "small_classifier", SmallClassifier)
+    registry.add("language_model", "trained", Trained)
+    registry.add("language_model", "transformers_causal", TransformersCausal)
+    registry.add("metric", "gradient_moment", GradientMoment)
+    registry.add("metric", "generative_perplexity", GenerativePerplexity)
+    registry.add("metric", "ngram_divergence", NgramDivergence)
+    registry.add("metric", "mauve", Mauve)
     registry.add("metric", "total_variation", TotalVariation)
     registry.add("metric", "product_bound", ProductBound)
     registry.add("metric", "frechet_distance", FrechetDistance)

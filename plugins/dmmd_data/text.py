@@ -1,0 +1,248 @@
+"""Text of any source, through any tokenizer, packed into sequences."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from dmmd_core import (
+    Batch,
+    CheckpointError,
+    Codec,
+    Data,
+    DataSpec,
+    Draws,
+    FieldError,
+    RunError,
+    Slot,
+    TextCodec,
+    option,
+    slot,
+)
+from dmmd_data.permutation import permuted
+from dmmd_data.text_sources import HubSource, digest_of_file, embedded_documents, expand_files, file_documents
+from dmmd_data.token_cache import TokenCache, default_cache, open_cache, write_cache
+
+_FORMAT = 1  # part of every cache's key
+_FEW_DOCUMENTS = 20
+Documents = Callable[[], Iterator[str]]
+
+
+class Text(Data):
+    """Documents as packed sequences of tokens, tokenised once into a cache on disk.
+
+    Without `files` and `dataset` the text is the language reference that every CPython carries.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Parameters."""
+
+        length: int = option(128, help="tokens per sequence", minimum=2)
+        tokenizer: Slot = slot("codec", "char", help="text to tokens: byte, char, bpe or pretrained")
+        boundary: bool = option(True, help="end every document with the tokenizer's boundary token")
+        files: list[str] = option([], help="text files, or folders of .txt files, in UTF-8")
+        validation_files: list[str] = option([], help="files of the test split; without them a part is held out")
+        unit: Literal["file", "paragraph", "line"] = option("file", help="what a document is, for files")
+        errors: Literal["strict", "replace"] = option("strict", help="bytes that are no UTF-8: refuse or replace")
+        dataset: str | None = option(None, help="a data set of the datasets library: hub name, folder, or loader")
+        dataset_config: str | None = option(None, help="its configuration")
+        data_files: list[str] = option([], help="files for a loader such as json")
+        column: str = option("text", help="its column that holds the text")
+        train_split: str = option("train", help="its split for training")
+        validation_split: str | None = option(None, help="its test split; without it a part is held out")
+        streaming: bool = option(False, help="read the data set without downloading it whole")
+        max_documents: int = option(0, help="most documents per split; 0 for all", minimum=0)
+        held_out: float = option(0.05, help="share held out where no validation text is given", above=0, below=1)
+        cache: str | None = option(None, help="folder of token caches; $DMMD_CACHE or the user's cache by default")
+
+        def __post_init__(self) -> None:
+            """Check sources against each other."""
+            if self.files and self.dataset is not None:
+                raise FieldError("files", "give either files or dataset")
+            if self.validation_files and not self.files:
+                raise FieldError("validation_files", "needs files, the training text")
+            if self.validation_split is not None and self.dataset is None:
+                raise FieldError("validation_split", "needs dataset")
+            if self.data_files and self.dataset is None:
+                raise FieldError("data_files", "needs dataset, the name of a loader such as json")
+
+    def __init__(self, config: Text.Config, *, tokenizer: Codec) -> None:
+        if not isinstance(tokenizer, TextCodec):
+            raise FieldError("tokenizer", f"must be a tokenizer of text, got {type(tokenizer).__name__}")
+        self.config = config
+        self.codec: TextCodec = tokenizer
+        self.spec = DataSpec(tokenizer.vocab_size, config.length)
+        self._cache: TokenCache | None = None
+
+    @classmethod
+    def provides(cls, config: Any) -> frozenset[str]:
+        """See `Component.provides`."""
+        return frozenset({"held_out"})
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse paths that are not there before anything is built."""
+        for field in ("files", "validation_files"):
+            try:
+                expand_files(getattr(config, field))
+            except (FileNotFoundError, PermissionError) as error:
+                raise FieldError(field, str(error)) from error
+        for file in config.data_files:
+            if "://" not in file and "*" not in file and not Path(file).exists():
+                raise FieldError("data_files", f"there is no file {file}")
+
+    @classmethod
+    def smoke(cls, config: Any) -> Any:
+        """See `Component.smoke`: the embedded text in bytes."""
+        return cls.Config(length=min(config.length, 32), tokenizer=Slot(name="byte"), cache=config.cache)
+
+    def prepare(self) -> None:
+        """See `Data.prepare`: tokenise, or open what was tokenised before.
+
+        Raises:
+            RunError: The text cannot be read, or is too short, or the cache cannot be written.
+        """
+        path = self._cache_path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"data text: the cache folder {path.parent} cannot be made ({error.strerror}); set cache"
+            ) from error
+        with FileLock(f"{path}.lock"):  # a second run waits for the first to tokenise
+            if path.exists():
+                try:
+                    self._cache = open_cache(path, self.codec, self.config.length)
+                except (CheckpointError, KeyError, ValueError, OSError):
+                    shutil.rmtree(path, ignore_errors=True)  # damaged: made again, never half used
+            if self._cache is None:
+                documents = self._documents()
+                self.codec.fit(documents["train"]())
+                write_cache(path, self.codec, self.config.length, self.config.boundary, documents, _progress)
+                self._cache = open_cache(path, self.codec, self.config.length)
+
+    def size(self, split: str) -> int:
+        """See `Data.size`."""
+        return len(self._split(split))
+
+    def take(self, split: str, indices: Tensor) -> Batch:
+        """See `Data.take`."""
+        return Batch(torch.from_numpy(self._split(split)[indices.numpy()].astype(np.int64)))
+
+    def split(self, name: str) -> Batch:
+        """See `Data.split`; for texts that fit into memory."""
+        return Batch(torch.from_numpy(self._split(name).astype(np.int64)))
+
+    def training_batch(self, draws: Draws) -> Batch:
+        """See `Data.training_batch`; sample i of the run is item ``i mod n`` of epoch ``i // n``, permuted."""
+        size = self.size("train")
+        indices = draws.sample_indices.cpu().numpy()
+        epochs = indices // size
+        rows = np.empty_like(indices)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            rows[chosen] = permuted(indices[chosen] % size, size, f"{draws.seed}:{epoch}")
+        return self.take("train", torch.from_numpy(rows)).to(draws.device)
+
+    def _split(self, name: str) -> np.ndarray:
+        splits = {} if self._cache is None else self._cache.splits
+        if name not in splits:
+            raise KeyError(f"no split {name!r}; there are {sorted(splits)} (was prepare() called?)")
+        return splits[name]
+
+    def _cache_path(self) -> Path:
+        config = self.config
+        sources: list[Any] = [_FORMAT, config.length, config.boundary, config.held_out, config.max_documents]
+        sources += [self.codec.cache_key(), config.unit, config.errors]
+        for files in (config.files, config.validation_files):
+            sources.append([(path.name, digest_of_file(path)) for path in _expanded(files)])
+        if config.dataset is not None:
+            hub = self._hub(config.dataset)
+            sources += [hub.fingerprint(split) for split in (config.train_split, config.validation_split or "")]
+        if not config.files and config.dataset is None:
+            sources.append(hashlib.sha256("\0".join(embedded_documents()).encode()).hexdigest())
+        key = hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
+        return (Path(config.cache) if config.cache else default_cache()) / f"text-{key}"
+
+    def _hub(self, name: str) -> HubSource:
+        config = self.config
+        return HubSource(
+            name, config.dataset_config, tuple(config.data_files), config.column, config.streaming, config.max_documents
+        )
+
+    def _documents(self) -> dict[str, Documents]:
+        """A function per split that gives its documents; reading happens when it is called."""
+        config = self.config
+        if config.dataset is not None:
+            hub = self._hub(config.dataset)
+
+            def train() -> Iterator[str]:
+                return hub.documents(config.train_split)
+
+            if config.validation_split is not None:
+                validation = config.validation_split
+                return {"train": train, "test": lambda: hub.documents(validation)}
+            return _hold_out(train, config.held_out)
+        if not config.files:
+            return _hold_out(lambda: iter(embedded_documents()), config.held_out)
+        files, held = _expanded(config.files), _expanded(config.validation_files)
+
+        def read(paths: Sequence[Path]) -> Documents:
+            def documents() -> Iterator[str]:
+                for place, text in enumerate(file_documents(paths, config.unit, config.errors)):
+                    if config.max_documents and place >= config.max_documents:
+                        return
+                    yield text
+
+            return documents
+
+        return {"train": read(files), "test": read(held)} if held else _hold_out(read(files), config.held_out)
+
+
+def _expanded(paths: Sequence[str]) -> list[Path]:
+    try:
+        return expand_files(paths)
+    except (FileNotFoundError, PermissionError) as error:
+        raise RunError(f"data text: {error}") from error
+
+
+def _hold_out(source: Documents, share: float) -> dict[str, Documents]:
+    """Hold out whole documents, chosen by their number; of fewer than twenty documents the end of each."""
+    count = sum(1 for _, _ in zip(source(), range(_FEW_DOCUMENTS), strict=False))
+
+    def part(held: bool) -> Documents:
+        def documents() -> Iterator[str]:
+            for place, text in enumerate(source()):
+                if count < _FEW_DOCUMENTS:
+                    cut = round(len(text) * (1 - share))
+                    yield text[cut:] if held else text[:cut]
+                elif held == _is_held(place, share):
+                    yield text
+
+        return documents
+
+    return {"train": part(held=False), "test": part(held=True)}
+
+
+def _is_held(place: int, share: float) -> bool:
+    digest = hashlib.blake2b(str(place).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def _progress(documents: Iterator[str], split: str) -> Iterator[str]:
+    """Show how many documents a second are tokenised."""
+    from tqdm.auto import tqdm
+
+    return iter(
+        tqdm(documents, desc=f"tokenising {split}", unit=" documents", mininterval=1.0, leave=False, disable=None)
+    )
