@@ -75,7 +75,8 @@ _HOMES = {
     "UnsupportedError",
     "dmmd_core.hookspecs": "hookimpl",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
-    "EnumerableData Features FiniteData Generator ImageCodec LanguageModel Losses Metric NetworkDenoiser NetworkPrediction "
+    "EnumerableData Features FiniteData Generator ImageCodec LanguageModel Losses Metric NetworkDenoiser "
+    "NetworkPrediction "
     "Objective Player Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher "
     "TextCodec Value option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",

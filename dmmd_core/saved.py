@@ -186,7 +186,8 @@ class SavedModel:
         free = self.spec.length - len(first) - len(last)
         if free < 1:
             raise ValueError(
-                f"prompt and suffix have {len(first) + len(last)} tokens and leave nothing of {self.spec.length} to fill in"
+                f"prompt and suffix have {len(first) + len(last)} tokens and leave nothing of {self.spec.length} "
+                "to fill in"
             )
         tokens = [*map(int, first), *[FREE] * free, *map(int, last)]
         return torch.tensor(tokens, dtype=torch.int64)
@@ -195,7 +196,7 @@ class SavedModel:
         length, vocab_size = self.spec.length, self.spec.vocab_size
         if template.is_floating_point() or tuple(template.shape) not in ((length,), (num, length)):
             raise ValueError(
-                f"the template must be integers of shape [{length}] or [{num}, {length}], got {template.dtype} of "
+                f"the template must be whole numbers of shape [{length}] or [{num}, {length}], got {template.dtype} of "
                 f"shape {list(template.shape)}"
             )
         if int(template.min()) < FREE or int(template.max()) >= vocab_size:
@@ -274,7 +275,7 @@ def plan_of(config: dict[str, Any], origin: str, registry: Registry) -> Plan:
     """
     recipe = recipe_from_plain(config["recipe"], origin)
     try:
-        return resolve(recipe, registry)
+        return resolve(recipe, registry, outside=False)  # a saved model needs no data, nor what it was trained from
     except RecipeError as error:
         providers = "; ".join(f"{name} from {provider}" for name, provider in sorted(config["providers"].items()))
         hint = Problem("", f"the model was saved with these components: {providers}", origin)

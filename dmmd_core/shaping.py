@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmmd_core.draws import Draws
 from dmmd_core.interfaces.denoiser import Condition, Denoiser, Prediction
 
 
@@ -69,3 +70,12 @@ class ShapedDenoiser(Denoiser):
     ) -> Prediction:
         """See `Denoiser.forward`."""
         return ShapedPrediction(self.inner(z_t, t, condition, latent), *self._settings)
+
+    def draw_latent(self, draws: Draws) -> Tensor | None:
+        """See `Denoiser.draw_latent`."""
+        return self.inner.draw_latent(draws)
+
+    @property
+    def takes_latent(self) -> bool:
+        """See `Denoiser.takes_latent`."""
+        return self.inner.takes_latent

@@ -135,6 +135,10 @@ def _docstrings(tree: ast.AST) -> set[int]:
 
 # Words that are also names of components, each with another meaning in the core.
 OTHER_MEANINGS = {
+    ("cli", "text"): "what a prompt is",
+    ("codec", "text"): "what tokens stand for",
+    ("media", "text"): "what tokens stand for",
+    ("saved", "text"): "what tokens stand for",
     ("recipe", "linear"): "how the learning rate falls",
     ("recipe", "cosine"): "how the learning rate falls",
     ("optim", "linear"): "how the learning rate falls",

@@ -24,6 +24,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "tied_coins": {"name": "tied_coins"},
         "markov_chain": {"name": "markov_chain", "params": {"letters": 3, "length": 3}},
         "mixture": {"name": "mixture"},
+        "text": {"name": "text", "params": {"length": 6, "tokenizer": {"name": "byte"}}},
         "digits_vq": {"name": "digits", "params": {"codec": {"name": "kmeans_patches", "params": {"codes": 8}}}},
         "digits_pixels": {"name": "digits", "params": {"codec": {"name": "pixels"}}},
     },
@@ -73,7 +74,7 @@ def _refused(choice: dict[str, str]) -> bool:
     """The refusals, in words: all that cannot be combined, and nothing else."""
     digits = choice["data"].startswith("digits")
     return (
-        (choice["teacher"] == "exact" and digits)  # too many sequences to sum over
+        (choice["teacher"] == "exact" and (digits or choice["data"] == "text"))  # too many sequences to sum over
         or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not digits)  # no grid, no labels
         or (choice["generator"] == "pyramid" and not digits)  # no grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there

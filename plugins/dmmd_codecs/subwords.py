@@ -94,7 +94,8 @@ class BytePairs(_LibraryCodec):
         tokenizer.train_from_iterator(documents, trainer)
         if tokenizer.get_vocab_size() != self.vocab_size:
             raise RunError(
-                f"tokenizer bpe: the training text gives {tokenizer.get_vocab_size()} tokens and no more, but vocab_size "
+                f"tokenizer bpe: the training text gives {tokenizer.get_vocab_size()} tokens and no more, but "
+                "vocab_size "
                 f"is {self.vocab_size}; lower vocab_size, or give more text"
             )
         self._set(tokenizer.to_str())
@@ -150,7 +151,8 @@ class Pretrained(_LibraryCodec):
             loaded = AutoTokenizer.from_pretrained(path, revision=self.config.revision, use_fast=True)
         except Exception as error:  # the library raises whatever its network and file layers raise
             raise RunError(
-                f"tokenizer pretrained: {path!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}); give a "
+                f"tokenizer pretrained: {path!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
+                "give a "
                 "folder or tokenizer.json on this machine, or a name on the hub with the hub within reach"
             ) from error
         if not getattr(loaded, "is_fast", False):
@@ -167,13 +169,15 @@ class Pretrained(_LibraryCodec):
         size = self._tokenizer.get_vocab_size()
         if size != self.vocab_size:
             raise RunError(
-                f"tokenizer pretrained: {self.config.path!r} has {size} tokens, but vocab_size is {self.vocab_size}; set "
+                f"tokenizer pretrained: {self.config.path!r} has {size} tokens, but vocab_size is "
+                f"{self.vocab_size}; set "
                 f"vocab_size to {size}"
             )
         boundary = self._tokenizer.token_to_id(self.config.boundary)
         if boundary is None:
             raise RunError(
-                f"tokenizer pretrained: {self.config.path!r} has no token {self.config.boundary!r}; set boundary to the "
+                f"tokenizer pretrained: {self.config.path!r} has no token {self.config.boundary!r}; set boundary "
+                "to the "
                 "token that ends its documents"
             )
         self.boundary = int(boundary)

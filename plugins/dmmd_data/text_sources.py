@@ -81,7 +81,8 @@ def _decode(content: bytes, file: Path, offset: int, errors: str) -> str:
         return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise RunError(
-            f"data text: {file} is no UTF-8 at byte {offset + error.start} ({content[error.start]:#04x}); convert the file, "
+            f"data text: {file} is no UTF-8 at byte {offset + error.start} ({content[error.start]:#04x}); convert "
+            "the file, "
             "or set errors to replace"
         ) from error
 
@@ -118,11 +119,13 @@ class HubSource:
                 return
             if self.column not in row:
                 raise RunError(
-                    f"data text: {self.name!r} has no column {self.column!r}; it has {', '.join(sorted(row))}; set column"
+                    f"data text: {self.name!r} has no column {self.column!r}; it has {', '.join(sorted(row))}; "
+                    "set column"
                 )
             if not isinstance(row[self.column], str):
                 raise RunError(
-                    f"data text: column {self.column!r} of {self.name!r} holds {type(row[self.column]).__name__}, not text"
+                    f"data text: column {self.column!r} of {self.name!r} holds {type(row[self.column]).__name__}, "
+                    "not text"
                 )
             yield row[self.column]
 
@@ -169,7 +172,8 @@ class HubSource:
     def _failure(self, split: str, error: Exception) -> RunError:
         reason = (str(error).splitlines() or [""])[0]
         return RunError(
-            f"data text: split {split!r} of data set {self.name!r} cannot be loaded ({type(error).__name__}: {reason}); "
+            f"data text: split {split!r} of data set {self.name!r} cannot be loaded ({type(error).__name__}: "
+            f"{reason}); "
             "check name, config and split, and that the hub is within reach, or give local files instead"
         )
 

@@ -92,7 +92,8 @@ def write_cache(
                 sequences[name] = total // length
                 if not sequences[name]:
                     raise RunError(
-                        f"data text: split {name!r} has {total} tokens, fewer than one sequence of {length}; give more text, "
+                        f"data text: split {name!r} has {total} tokens, fewer than one sequence of {length}; give "
+                        "more text, "
                         "a shorter length, or another held_out"
                     )
                 file.truncate(sequences[name] * length * np.dtype(dtype).itemsize)
@@ -108,7 +109,8 @@ def write_cache(
     except OSError as error:
         _clear_unfinished(path)
         raise RunError(
-            f"data text: the token cache {path} cannot be written ({error.strerror or error}); free space, or set cache to a "
+            f"data text: the token cache {path} cannot be written ({error.strerror or error}); free space, or set "
+            "cache to a "
             "folder elsewhere. Nothing was lost: the same command starts it again"
         ) from error
     except BaseException:

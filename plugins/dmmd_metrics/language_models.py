@@ -221,7 +221,7 @@ class TransformersCausal(LanguageModel):
         path, revision = self.config.path, self.config.revision
         try:
             self.module = AutoModelForCausalLM.from_pretrained(
-                path, revision=revision, use_safetensors=True, torch_dtype=torch.float32
+                path, revision=revision, use_safetensors=True, dtype=torch.float32
             ).eval()
             if not self.config.same_tokens:
                 self._tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -234,7 +234,8 @@ class TransformersCausal(LanguageModel):
         size = int(self.module.config.vocab_size)
         if self.config.same_tokens and size < self.vocab_size:
             raise RunError(
-                f"language model {path!r} has {size} tokens, the data {self.vocab_size}; they cannot be the same tokens, "
+                f"language model {path!r} has {size} tokens, the data {self.vocab_size}; they cannot be the same "
+                "tokens, "
                 "set same_tokens to false"
             )
         if not self.config.same_tokens and self.codec.media != "text":

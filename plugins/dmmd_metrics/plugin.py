@@ -19,7 +19,7 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     from dmmd_metrics.total_variation import TotalVariation
 
     registry.add("features", "small_classifier", SmallClassifier)
-    registry.add("language_model", "trained", Trained)
+    registry.add("language_model", "causal_transformer", Trained)
     registry.add("language_model", "transformers_causal", TransformersCausal)
     registry.add("metric", "gradient_moment", GradientMoment)
     registry.add("metric", "generative_perplexity", GenerativePerplexity)

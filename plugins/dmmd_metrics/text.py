@@ -46,7 +46,7 @@ class GradientMoment(Metric):
     class Config:
         """Parameters."""
 
-        reference: Slot = slot("language_model", "trained", help="the reference language model")
+        reference: Slot = slot("language_model", "causal_transformer", help="the reference language model")
         batch_size: int = option(25, help="sequences per gradient", minimum=1)
         centred: bool = option(True, help="take the data's gradient off; without it, the samples' alone")
 
@@ -129,7 +129,7 @@ class GenerativePerplexity(Metric):
     class Config:
         """Parameters."""
 
-        reference: Slot = slot("language_model", "trained", help="the reference language model")
+        reference: Slot = slot("language_model", "causal_transformer", help="the reference language model")
         batch_size: int = option(50, help="sequences at a time", minimum=1)
 
     def __init__(self, config: GenerativePerplexity.Config, *, reference: LanguageModel) -> None:
