@@ -274,6 +274,8 @@ def plan_of(config: dict[str, Any], origin: str, registry: Registry) -> Plan:
         RecipeError: A component is missing; names who provided it when the model was saved.
     """
     recipe = recipe_from_plain(config["recipe"], origin)
+    # Who samples needs no metrics; they may come from packages that are not installed here.
+    recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, metrics=[]))
     try:
         return resolve(recipe, registry, outside=False)  # a saved model needs no data, nor what it was trained from
     except RecipeError as error:

@@ -215,7 +215,7 @@ def test_an_interrupted_cache_leaves_nothing_and_is_made_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(token_cache.json, "dumps", fail)  # after the tokens, before the manifest
-        with pytest.raises((RunError, KeyboardInterrupt), match="free space|^$"):
+        with pytest.raises((RunError, KeyboardInterrupt), match=r"free space|^$"):
             _prepared(tmp_path, files=files)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert _prepared(tmp_path, files=files).size("train") > 0
@@ -297,7 +297,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 def test_empty_and_short_texts_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "empty.txt"
     file.write_text("")
-    with pytest.raises(RunError, match="'train' has [01] tokens, fewer than one sequence of 16"):
+    with pytest.raises(RunError, match=r"'train' has [01] tokens, fewer than one sequence of 16"):
         _prepared(tmp_path, files=[str(file)])
     file.write_text("x" * 100)
     with pytest.raises(RunError, match="'test' has 6 tokens"):
@@ -324,7 +324,9 @@ def test_sources_that_exclude_each_other_and_missing_paths(tmp_path: Path) -> No
 RECIPE = """
 schema: 1
 name: tiny_text
-data: {name: text, params: {files: [FILES], length: 24, held_out: 0.2, tokenizer: {name: bpe, params: {vocab_size: 270}}}}
+data:
+  name: text
+  params: {files: [FILES], length: 24, held_out: 0.2, tokenizer: {name: bpe, params: {vocab_size: 270}}}
 process: {name: PROCESS}
 backbone: {name: transformer, params: {width: 16, depth: 1, heads: 2, convolutions: 1}}
 teacher: {objective: {name: denoising}, train: {steps: 4, batch_size: 8}}
@@ -338,8 +340,10 @@ evaluate:
   num_samples: 12
   teacher_sampler: {name: ancestral, params: {temperature: 0.05, top_p: 0.01}}
   metrics:
-    - {name: gradient_moment, params: {batch_size: 4, reference: {name: causal_transformer, params: {width: 16, depth: 1, steps: 5}}}}
-    - {name: generative_perplexity, params: {reference: {name: causal_transformer, params: {width: 16, depth: 1, steps: 5}}}}
+    - name: gradient_moment
+      params: {batch_size: 4, reference: {name: causal_transformer, params: {width: 16, depth: 1, steps: 5}}}
+    - name: generative_perplexity
+      params: {reference: {name: causal_transformer, params: {width: 16, depth: 1, steps: 5}}}
     - {name: token_entropy}
     - {name: ngram_divergence}
 run: {directory: RUN}

@@ -96,7 +96,7 @@ def test_estimate_is_unbiased_and_its_error_calibrated() -> None:
     values, errors = (torch.tensor(column, dtype=torch.float64) for column in zip(*found, strict=True))
     known = float(mean.square().sum())
     assert abs(float(values.mean()) - known) < 4 * float(values.std()) / 20
-    assert 0.8 < float(errors.square().mean().sqrt() / values.std()) < 1.3, "the jackknife's error is that of the values"
+    assert 0.8 < float(errors.square().mean().sqrt() / values.std()) < 1.3
 
 
 def test_estimate_equals_the_sum_over_pairs() -> None:
@@ -209,6 +209,10 @@ def test_the_judged_model_cannot_be_its_own_reference(chains: Chains, reference:
         assert metric.evaluate(_subject(chains.draw(100, 1), denoiser=nn.Linear(3, 3)))
 
 
+def _loaded(path: Path, codec: Characters, vocab_size: int, **params: Any) -> TransformersCausal:
+    return TransformersCausal(TransformersCausal.Config(path=str(path), **params), codec=codec, vocab_size=vocab_size)
+
+
 def test_a_model_of_transformers_scores_tokens_and_text(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -221,7 +225,7 @@ def test_a_model_of_transformers_scores_tokens_and_text(tmp_path: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[UNK]").save_pretrained(tmp_path)
     tokens = torch.tensor([[0, 1, 4, 2, 3, 4, 0, 1]])
-    direct = TransformersCausal(TransformersCausal.Config(path=str(tmp_path), same_tokens=True), codec=codec, vocab_size=7)
+    direct = _loaded(tmp_path, codec, 7, same_tokens=True)
     direct.prepare()
     losses, counts = (part.detach() for part in direct.losses(tokens))
     log_probs = model(tokens).logits[0, :-1].detach().log_softmax(-1)
@@ -233,7 +237,7 @@ def test_a_model_of_transformers_scores_tokens_and_text(tmp_path: Path) -> None:
     log_probs = model(torch.tensor([[0, 1, 0]])).logits[0, :-1].detach().log_softmax(-1)
     assert float(losses) == pytest.approx(-float(log_probs[0, 1] + log_probs[1, 0]), rel=1e-5)
     assert counts.tolist() == [2]
-    small = TransformersCausal(TransformersCausal.Config(path=str(tmp_path), same_tokens=True), codec=codec, vocab_size=9)
+    small = _loaded(tmp_path, codec, 9, same_tokens=True)
     with pytest.raises(RunError, match="has 8 tokens, the data 9"):
         small.prepare()
     with pytest.raises(RunError, match="with the hub within reach"):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dmmd_core import Codec, Data, FieldError, LanguageModel, Metric, RunError, Slot, Subject, Value, option, slot
 
+_KEPT_BYTES = 2**29  # gradients of small references are kept between the two passes of the estimate
+
 
 def refuse_generator_as_reference(reference: LanguageModel, denoiser: nn.Module | None) -> None:
     """Raise a `RunError` where most of the reference's parameters are found in the model that is judged."""
@@ -39,7 +41,7 @@ class GradientMoment(Metric):
 
     ``l`` is the mean token negative log-likelihood. Over n pairs of batches with ``h = grad l(samples) - grad l(data)``
     the estimate ``(|sum h|^2 - sum |h|^2) / (n (n - 1))`` is unbiased; its standard error is the jackknife's. Two sets
-    of gradients are in memory: the sum, and the current pair's.
+    of gradients are in memory, the sum and the current pair's, unless all of them are small.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,12 @@ class GradientMoment(Metric):
         if count < 3:
             return []  # too few for an estimate and its error
         pairs = [(tokens[i * size : (i + 1) * size], data[i * size : (i + 1) * size]) for i in range(count)]
-        value, error = moment_and_error(lambda: self._differences(pairs), count)
+        parameters = sum(tensor.numel() for tensor in self.reference.module.parameters())
+        if 4 * parameters * count <= _KEPT_BYTES:
+            kept = list(self._differences(pairs))
+            value, error = moment_and_error(lambda: iter(kept), count)
+        else:  # the second pass computes every gradient again
+            value, error = moment_and_error(lambda: self._differences(pairs), count)
         kind = "gradient_moment" if self.config.centred else "gradient_moment_uncentred"
         return [Value(kind, value, error, f"test; {self.reference.reference_name}", count * size)]
 
