@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def test_token_entropy_and_distinct_samples() -> None:
     metric = TokenEntropy(TokenEntropy.Config(), vocab_size=4)
     subject = _subject(torch.tensor([[0, 1], [0, 1], [2, 3], [0, 0]]))
     shares = torch.tensor([4, 2, 1, 1], dtype=torch.float64) / 8
-    assert _one(metric, "token_entropy", subject).value == pytest.approx(float(-(shares * shares.log()).sum()))
+    assert _one(metric, "pooled_token_entropy", subject).value == pytest.approx(float(-(shares * shares.log()).sum()))
+    assert _one(metric, "token_entropy", subject).value == pytest.approx(0.75 * math.log(2))  # of 2, 2, 2 and 1 tokens
     assert _one(metric, "distinct_samples", subject).value == 0.75
 
 
