@@ -100,6 +100,8 @@ class Run:
         """
         lock = self._open_directory()
         error: BaseException | None = None
+        own_threads = torch.get_num_threads()
+        torch.set_num_threads(self.plan.recipe.run.threads or own_threads)
         try:
             self.registry.hooks.dmmd_before_run(run=self)
             self._stages()

@@ -101,6 +101,10 @@ class RunSection:
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", help="autocast precision of the networks; auto is bfloat16 on CUDA, float32 elsewhere"
     )
+    threads: int | None = option(
+        None, help="CPU threads of a tensor operation; null for torch's own choice (1 is fastest for tiny networks)",
+        minimum=1,
+    )
     keep_checkpoints: int = option(2, help="checkpoints kept per stage", minimum=1)
 
 
