@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from dmmd_core.hookspecs import hookimpl
+    from dmmd_core.hub import hub_problem
     from dmmd_core.interfaces import (
         INTERFACES,
         KINDS,
@@ -74,6 +75,7 @@ _HOMES = {
     "dmmd_core.errors": "CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
     "UnsupportedError",
     "dmmd_core.hookspecs": "hookimpl",
+    "dmmd_core.hub": "hub_problem",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
     "EnumerableData Features FiniteData Generator ImageCodec LanguageModel Losses Metric NetworkDenoiser "
     "NetworkPrediction "
@@ -141,6 +143,7 @@ __all__ = [
     "Value",
     "categorical_from_uniform",
     "hookimpl",
+    "hub_problem",
     "load_model_weights",
     "load_plugins",
     "load_recipe",

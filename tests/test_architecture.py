@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "interfaces": BASE,
     "offers": set(),
     "hookspecs": set(),
+    "hub": set(),
     "loss": BASE,
     "shaping": BASE,
     "registry": BASE | {"offers"},

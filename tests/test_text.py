@@ -395,3 +395,23 @@ def test_check_and_smoke_need_no_data_and_check_says_what_is_missing(tmp_path: P
     assert done.returncode == 2
     assert "no file or folder" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("unit", ["file", "line"])
+def test_tokenising_knows_how_much_there_is(files: list[str], tmp_path: Path, unit: str) -> None:
+    data = _text(tmp_path, files=files, unit=unit)
+    size = sum(file.stat().st_size for file in Path(files[0]).rglob("*.txt"))
+    amounts = data._amounts()
+    assert amounts["train"].total == pytest.approx(size * 0.95)
+    assert amounts["test"].total == pytest.approx(size * 0.05)
+    assert _text(tmp_path, files=files, max_documents=3)._amounts()["train"].total is None
+    assert _text(tmp_path)._amounts()["train"].total == pytest.approx(0.95 * len(embedded_documents()))
+
+
+def test_tokenising_a_data_set_knows_its_rows(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [_document(number) for number in range(12)]})
+    rows.save_to_disk(tmp_path / "set")
+    assert _text(tmp_path, dataset=str(tmp_path / "set"))._amounts()["train"].total == pytest.approx(12 * 0.95)
+    streaming = _text(tmp_path, dataset=str(tmp_path / "set"), streaming=True)
+    assert streaming._amounts()["train"].total is None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmmd_codecs.characters import BOUNDARY_TEXT
-from dmmd_core import FieldError, RunError, TextCodec, option
+from dmmd_core import FieldError, RunError, TextCodec, hub_problem, option
 
 
 class _LibraryCodec(TextCodec):
@@ -127,6 +127,11 @@ class Pretrained(_LibraryCodec):
         """Refuse a file that is not there before anything is built."""
         if config.path.endswith(".json") and not Path(config.path).is_file():
             raise FieldError("path", f"there is no file {config.path!r}")
+        if Path(config.path).exists():
+            return
+        problem = hub_problem(config.path, "tokenizer_config.json", revision=config.revision)
+        if problem:
+            raise FieldError("path", problem)
 
     def fit(self, documents: Iterable[str]) -> None:
         """See `TextCodec.fit`; loads, and reads no documents."""

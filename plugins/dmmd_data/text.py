@@ -29,12 +29,27 @@ from dmmd_core import (
     slot,
 )
 from dmmd_data.permutation import permuted
-from dmmd_data.text_sources import HubSource, digest_of_file, embedded_documents, expand_files, file_documents
+from dmmd_data.text_sources import (
+    HubSource,
+    dataset_problem,
+    digest_of_file,
+    embedded_documents,
+    expand_files,
+    file_documents,
+)
 from dmmd_data.token_cache import TokenCache, default_cache, open_cache, write_cache
 
 _FORMAT = 1  # part of every cache's key
 _FEW_DOCUMENTS = 20
 Documents = Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class _Amount:
+    """Documents or bytes that a split has, as far as is known beforehand."""
+
+    total: float | None
+    unit: Literal["documents", "bytes"]
 
 
 class Text(Data):
@@ -100,6 +115,9 @@ class Text(Data):
         for file in config.data_files:
             if "://" not in file and "*" not in file and not Path(file).exists():
                 raise FieldError("data_files", f"there is no file {file}")
+        problem = None if config.dataset is None or config.data_files else dataset_problem(config.dataset)
+        if problem:
+            raise FieldError("dataset", problem)
 
     @classmethod
     def smoke(cls, config: Any) -> Any:
@@ -128,7 +146,11 @@ class Text(Data):
             if self._cache is None:
                 documents = self._documents()
                 self.codec.fit(documents["train"]())
-                write_cache(path, self.codec, self.config.length, self.config.boundary, documents, _progress)
+                amounts = self._amounts()
+                write_cache(
+                    path, self.codec, self.config.length, self.config.boundary, documents,
+                    lambda texts, split: _progress(texts, split, amounts[split]),
+                )  # fmt: skip
                 self._cache = open_cache(path, self.codec, self.config.length)
 
     def size(self, split: str) -> int:
@@ -173,6 +195,29 @@ class Text(Data):
             sources.append(hashlib.sha256("\0".join(embedded_documents()).encode()).hexdigest())
         key = hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
         return (Path(config.cache) if config.cache else default_cache()) / f"text-{key}"
+
+    def _amounts(self) -> dict[str, _Amount]:
+        """How much each split has to tokenise, for a bar with an ETA."""
+        config = self.config
+        shares = {"train": 1 - config.held_out, "test": config.held_out}
+        if config.dataset is not None:
+            hub, names = self._hub(config.dataset), {"train": config.train_split, "test": config.validation_split}
+            if config.validation_split is None:
+                rows = hub.count(config.train_split)
+                return {name: _Amount(rows and rows * share, "documents") for name, share in shares.items()}
+            return {name: _Amount(hub.count(split or ""), "documents") for name, split in names.items()}
+        if not config.files:
+            topics = len(embedded_documents())
+            return {name: _Amount(topics * share, "documents") for name, share in shares.items()}
+        sizes = {
+            name: sum(path.stat().st_size for path in _expanded(files))
+            for name, files in (("train", config.files), ("test", config.validation_files))
+        }
+        if config.max_documents:
+            return dict.fromkeys(shares, _Amount(None, "bytes"))
+        if sizes["test"]:
+            return {name: _Amount(size, "bytes") for name, size in sizes.items()}
+        return {name: _Amount(sizes["train"] * share, "bytes") for name, share in shares.items()}
 
     def _hub(self, name: str) -> HubSource:
         config = self.config
@@ -239,10 +284,15 @@ def _is_held(place: int, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2**64
 
 
-def _progress(documents: Iterator[str], split: str) -> Iterator[str]:
-    """Show how many documents a second are tokenised."""
+def _progress(documents: Iterator[str], split: str, amount: _Amount) -> Iterator[str]:
+    """Show how much is tokenised, how fast, and how long the rest will take."""
     from tqdm.auto import tqdm
 
-    return iter(
-        tqdm(documents, desc=f"tokenising {split}", unit=" documents", mininterval=1.0, leave=False, disable=None)
-    )
+    in_bytes = amount.unit == "bytes"
+    with tqdm(
+        desc=f"tokenising {split}", total=amount.total, unit="B" if in_bytes else " documents", unit_scale=in_bytes,
+        mininterval=1.0, leave=False, disable=None,
+    ) as bar:  # fmt: skip
+        for text in documents:
+            yield text
+            bar.update(len(text.encode("utf-8", "surrogatepass")) if in_bytes else 1)

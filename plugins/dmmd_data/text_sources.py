@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmmd_core import RunError
+from dmmd_core import RunError, hub_problem
 
 
 def embedded_documents() -> list[str]:
@@ -129,6 +129,13 @@ class HubSource:
                 )
             yield row[self.column]
 
+    def count(self, split: str) -> int | None:
+        """Number of documents of a split, or None where only reading would tell."""
+        if self.streaming:
+            return self.limit or None
+        rows = len(self._load(split))
+        return min(rows, self.limit) if self.limit else rows
+
     def fingerprint(self, split: str) -> str:
         """Digest of what is read, without reading a hub."""
         parts = [self.name, self.config, split, self.column, self.limit]
@@ -176,6 +183,17 @@ class HubSource:
             f"{reason}); "
             "check name, config and split, and that the hub is within reach, or give local files instead"
         )
+
+
+def dataset_problem(name: str) -> str | None:
+    """Say why a data set cannot be loaded, or return None; a folder and a cached data set need no network."""
+    if Path(name).exists():
+        return None
+    import datasets
+
+    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        return None
+    return hub_problem(name, kind="dataset")
 
 
 def digest_of_file(path: Path) -> str:

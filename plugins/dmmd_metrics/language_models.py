@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmmd_core import CheckpointError, Codec, Data, FieldError, LanguageModel, RunError, option
+from dmmd_core import CheckpointError, Codec, Data, FieldError, LanguageModel, RunError, hub_problem, option
 from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
 
 
@@ -206,9 +206,15 @@ class TransformersCausal(LanguageModel):
         self._tokenizer: Any = None
 
     @classmethod
-    def smoke(cls, config: Any) -> Any:
-        """See `Component.smoke`."""
-        return config
+    def check(cls, config: Any) -> None:
+        """Refuse a model out of reach before anything is trained."""
+        folder = Path(config.path)
+        if folder.is_dir():
+            problem = None if (folder / "config.json").is_file() else f"the folder {config.path!r} has no config.json"
+        else:
+            problem = hub_problem(config.path, "config.json", revision=config.revision)
+        if problem:
+            raise FieldError("path", problem)
 
     def prepare(self) -> dict[str, float]:
         """See `LanguageModel.prepare`.
