@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from dmmd_codecs.characters import Characters
 from dmmd_codecs.integers import Integers
-from dmmd_core import Batch, DataSpec, Draws, FiniteData, LanguageModel, RunError, Subject
+from dmmd_core import Batch, DataSpec, Draws, FieldError, FiniteData, LanguageModel, RunError, Subject
 from dmmd_metrics.entropy import TokenEntropy
 from dmmd_metrics.language_models import Trained, TransformersCausal
-from dmmd_metrics.text import GenerativePerplexity, GradientMoment, NgramDivergence, jensen_shannon, moment_and_error
+from dmmd_metrics.text import (
+    GenerativePerplexity,
+    GradientMoment,
+    Mauve,
+    NgramDivergence,
+    jensen_shannon,
+    moment_and_error,
+)
 
 LETTERS, LENGTH = 8, 32
 
@@ -274,3 +281,35 @@ def test_token_entropy_is_within_samples_and_pooled() -> None:
     assert within.standard_error == pytest.approx(math.log(2) / 2)
     assert pooled.value == pytest.approx(1.5 * math.log(2))
     assert distinct.value == 1
+
+
+def _tiny_gpt2(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=12, n_positions=64, n_embd=8, n_layer=1, n_head=2, bos_token_id=8, eos_token_id=8, pad_token_id=8
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    letters = {letter: number for number, letter in enumerate("abcdefgh")} | {"[UNK]": 8}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[UNK]", pad_token="[UNK]").save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore")  # the package's own
+def test_mauve_knows_the_chain_from_other_text(chains: Chains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mauve")
+    _tiny_gpt2(tmp_path / "gpt2")
+    letters = Characters(Characters.Config(alphabet="abcdefgh"))
+    metric = Mauve(Mauve.Config(model=str(tmp_path / "gpt2"), max_text_length=32), data=chains, codec=letters)
+    Mauve.check(metric.config)
+    with pytest.raises(FieldError, match="gpt2 or bert in its name"):
+        Mauve.check(Mauve.Config(model="somebody/llama"))
+    monkeypatch.setattr(chains, "size", lambda split: 300)
+    (real,) = metric.evaluate(_subject(chains.draw(300, 90)))
+    (other,) = metric.evaluate(_subject(torch.zeros(300, LENGTH, dtype=torch.int64)))
+    assert real.value > 0.8
+    assert other.value < 0.2
+    assert (real.num_samples, real.lower_is_better) == (300, False)

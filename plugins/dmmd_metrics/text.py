@@ -6,12 +6,27 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dmmd_core import Codec, Data, FieldError, LanguageModel, Metric, RunError, Slot, Subject, Value, option, slot
+from dmmd_core import (
+    Codec,
+    Data,
+    FieldError,
+    LanguageModel,
+    Metric,
+    RunError,
+    Slot,
+    Subject,
+    Value,
+    hub_problem,
+    option,
+    slot,
+)
 
 _KEPT_BYTES = 2**29  # gradients of small references are kept between the two passes of the estimate
 
@@ -232,7 +247,9 @@ class Mauve(Metric):
     class Config:
         """Parameters."""
 
-        model: str = option("gpt2-large", help="model of transformers whose features are compared")
+        model: str = option("gpt2-large", help="model of transformers whose features are compared: folder or hub name")
+        max_text_length: int = option(1024, help="most tokens of that model per text", minimum=1)
+        batch_size: int = option(8, help="texts at a time", minimum=1)
 
     def __init__(self, config: Mauve.Config, *, data: Data, codec: Codec) -> None:
         self.config = config
@@ -241,24 +258,38 @@ class Mauve(Metric):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Refuse where the package is missing."""
-        from importlib.util import find_spec
-
+        """Refuse where the package is missing, or the model out of reach."""
         if find_spec("mauve") is None:
             raise FieldError("", "metric mauve needs the package mauve-text; pip install mauve-text, or leave it out")
+        if "gpt2" not in config.model and "bert" not in config.model:
+            raise FieldError("model", f"must have gpt2 or bert in its name for mauve-text, got {config.model!r}")
+        problem = None if Path(config.model).is_dir() else hub_problem(config.model, "config.json")
+        if problem:
+            raise FieldError("model", problem)
 
     def evaluate(self, subject: Subject) -> Sequence[Value]:
-        """See `Metric.evaluate`."""
+        """See `Metric.evaluate`; the yardstick ``test`` is compared with itself in two halves."""
         import mauve
 
         if self.codec.media != "text":
             raise RunError(f"metric mauve compares texts, but the data's codec gives {self.codec.media}")
-        num = min(len(subject.tokens), self.data.size("test"))
-        data = self.data.take("test", torch.arange(num)).tokens
+        tokens = subject.tokens
+        if subject.model == "test":
+            half = len(tokens) // 2
+            tokens, data = tokens[:half], tokens[half : 2 * half]
+        else:
+            num = min(len(tokens), self.data.size("test"))
+            tokens, data = tokens[:num], self.data.take("test", torch.arange(num)).tokens
+        weight = next(iter(subject.denoiser.parameters()), None) if subject.denoiser is not None else None
+        device_id = (weight.device.index or 0) if weight is not None and weight.is_cuda else -1
         result = mauve.compute_mauve(
             p_text=self.codec.decode(data),
-            q_text=self.codec.decode(subject.tokens[:num]),
+            q_text=self.codec.decode(tokens),
             featurize_model_name=self.config.model,
+            max_text_length=self.config.max_text_length,
+            batch_size=self.config.batch_size,
+            device_id=device_id,
             verbose=False,
         )
-        return [Value("mauve", float(result.mauve), None, f"test; {self.config.model}", num, lower_is_better=False)]
+        value = float(result.mauve)
+        return [Value("mauve", value, None, f"test; {self.config.model}", len(tokens), lower_is_better=False)]
