@@ -46,7 +46,7 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
         prog="dmmd-sample", description="Draw samples from a trained student or teacher.", epilog=EXIT_CODES
     )
     parser.add_argument("path", help="a run directory, or its student or teacher folder")
-    parser.add_argument("--steps", type=int, help="sampling steps, with blocks of each of them (default: as trained)")
+    parser.add_argument("--steps", type=int, help="sampling steps; with blocks, for each (default: as trained for)")
     parser.add_argument("--num", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--model", choices=("student", "teacher"), default="student", help="which model")
     parser.add_argument("--label", type=int, help="class label, for models with classes")
