@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,13 @@ def refuse_generator_as_reference(reference: LanguageModel, denoiser: nn.Module 
         )
 
 
+def _reference_on_the_spot(reference: Slot) -> Slot:
+    """The reference of a smoke run: one that is loaded gives way to a small one trained on the run's own text."""
+    if reference.name != "transformers_causal":
+        return reference
+    return Slot(name="causal_transformer", params={"width": 16, "depth": 1, "heads": 2, "steps": 10})
+
+
 def _digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().flatten()
     return hashlib.sha256(str(tuple(tensor.shape)).encode() + flat.view(torch.uint8).numpy().tobytes()).digest()
@@ -51,6 +58,11 @@ class GradientMoment(Metric):
         reference: Slot = slot("language_model", "causal_transformer", help="the reference language model")
         batch_size: int = option(25, help="sequences per gradient", minimum=1)
         centred: bool = option(True, help="take the data's gradient off; without it, the samples' alone")
+
+    @classmethod
+    def smoke(cls, config: Any) -> Any:
+        """See `Component.smoke`."""
+        return replace(config, reference=_reference_on_the_spot(config.reference))
 
     def __init__(self, config: GradientMoment.Config, *, reference: LanguageModel, data: Data) -> None:
         self.config = config
@@ -138,6 +150,11 @@ class GenerativePerplexity(Metric):
 
         reference: Slot = slot("language_model", "causal_transformer", help="the reference language model")
         batch_size: int = option(50, help="sequences at a time", minimum=1)
+
+    @classmethod
+    def smoke(cls, config: Any) -> Any:
+        """See `Component.smoke`."""
+        return replace(config, reference=_reference_on_the_spot(config.reference))
 
     def __init__(self, config: GenerativePerplexity.Config, *, reference: LanguageModel) -> None:
         self.config = config
