@@ -282,6 +282,37 @@ def test_parts_that_know_no_blocks_are_refused_beside_those_that_do(
         resolve(recipe_from_plain(_recipe(tmp_path, **sections), "recipe"), load_plugins())
 
 
+def test_objectives_and_teachers_that_know_no_blocks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = load_plugins()
+    recipe = recipe_from_plain(_recipe(tmp_path), "recipe")
+    resolve(recipe, registry)
+    monkeypatch.setattr(registry.get("objective", "denoising").cls, "provides", lambda config: {"initializes"})
+    monkeypatch.setattr(registry.get("teacher", "exact").cls, "provides", lambda config: frozenset())
+    with pytest.raises(RecipeError) as caught:
+        resolve(recipe, registry)
+    told = str(caught.value)
+    assert "'blocks' to train on all blocks at once, which objective 'denoising'" in told
+    assert "'blocks' to predict one block given those before it, which teacher 'exact'" in told
+
+
+def test_a_teacher_of_another_run_has_the_blocks_of_the_recipes_backbone(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, teacher={"load": {"name": "from_run", "params": {"path": "runs/other"}}})
+    del recipe["distill"]["initialize"]
+    resolve(recipe_from_plain(recipe, "recipe"), load_plugins(), outside=False)
+
+
+def test_bfloat16_trains_and_samples_blocks(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    recipe["run"]["precision"] = "bfloat16"
+    run = Run(resolve(recipe_from_plain(recipe, "recipe"), load_plugins()), load_plugins())
+    run.execute()
+    samples = run.samples("student", 2)
+    assert samples is not None
+    assert samples.tokens.shape == (20, 3)
+
+
 @pytest.mark.parametrize(("size", "smaller"), [(16, 8), (12, 4), (25, 1), (4, 4)])
 def test_smoke_blocks_divide_shortened_sequences(tmp_path: Path, size: int, smaller: int) -> None:
     recipe = _recipe(tmp_path)
