@@ -238,6 +238,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="only whole blocks of 3 tokens can be encoded, got 4"):
         model.encode(clean[:, :4], Condition())
     whole = model.encode(clean, Condition())
+    with pytest.raises(ValueError, match=r"leave condition\.context out"):
+        model.features(z, t, Condition(clean=clean, context=whole))
     with pytest.raises(UnsupportedError, match="learned positions end at 12, got 15"):
         model.features(z[:, :SIZE], t[:, :SIZE], Condition(context=whole))
     mlp = MLP(MLP.Config(), num_inputs=INPUTS, vocab_size=VOCAB, length=LENGTH)

@@ -32,7 +32,7 @@ class Condition:
         context: What `Denoiser.encode` made of the finished blocks (its own type); None before the first block. That of
             a single sample serves a whole batch.
         clean: Clean tokens of the whole sequence, int64 ``[batch, length]``: in training all blocks are predicted at
-            once, each given the clean blocks before it.
+            once, each given the clean blocks before it. Excludes `context`.
     """
 
     label: Tensor | None = None

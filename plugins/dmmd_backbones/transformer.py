@@ -272,6 +272,8 @@ class Transformer(Backbone):
         """See `Backbone.features`."""
         length, size = z_t.shape[1], self.block_size
         if condition.clean is not None:
+            if condition.context is not None:
+                raise ValueError("condition.clean holds the whole sequence; leave condition.context out beside it")
             context = self.encode(condition.clean, dataclasses.replace(condition, clean=None))
             mask = block_mask(0, length, context.num_tokens, size or 1, clean=False, device=z_t.device)
             x, conditioning = self._run(z_t, t, condition.label, input_noise, 0, context, mask)
