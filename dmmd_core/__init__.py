@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     from dmmd_core.plugins import load_plugins
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
-    from dmmd_core.saved import load_model_weights, load_student, load_teacher
-    from dmmd_core.shaping import ShapedDenoiser, shape_log_probs
+    from dmmd_core.saved import load_model_weights, load_student, load_teacher, saved_capabilities
+    from dmmd_core.shaping import ShapedDenoiser, guide_log_probs, guided, shape_log_probs
 
 _HOMES = {
     "dmmd_core.draws": "Draws categorical_from_uniform",
@@ -84,8 +84,8 @@ _HOMES = {
     "dmmd_core.plugins": "load_plugins",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
-    "dmmd_core.saved": "load_model_weights load_student load_teacher",
-    "dmmd_core.shaping": "ShapedDenoiser shape_log_probs",
+    "dmmd_core.saved": "load_model_weights load_student load_teacher saved_capabilities",
+    "dmmd_core.shaping": "ShapedDenoiser guide_log_probs guided shape_log_probs",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -140,6 +140,8 @@ __all__ = [
     "UnsupportedError",
     "Value",
     "categorical_from_uniform",
+    "guide_log_probs",
+    "guided",
     "hookimpl",
     "load_model_weights",
     "load_plugins",
@@ -149,6 +151,7 @@ __all__ = [
     "option",
     "per_position",
     "rows_with_loss",
+    "saved_capabilities",
     "shape_log_probs",
     "slot",
     "sum_over_rows",

@@ -55,6 +55,7 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--template", metavar="FILE", help="tokens to keep: .npy of [length] or [num, length], -1 where to fill in"
     )
+    parser.add_argument("--guidance", type=float, help="guidance of a teacher by labels; 1 is none (default: recipe)")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of every prediction (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of every prediction (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
@@ -157,6 +158,7 @@ def _sample(options: argparse.Namespace) -> None:
             seed=options.seed,
             label=options.label,
             template=_template(options, model),
+            guidance=options.guidance,
             temperature=options.temperature,
             top_p=options.top_p,
         )

@@ -168,7 +168,10 @@ def _required(wanted: Slot, kind: str, key: str, registry: Registry, problems: P
 
 def _check_roles(plan: Plan, problems: Problems) -> None:
     """Check every declared requirement against what the part in that role provides."""
-    teacher = plan.teacher_load.provides() | {"loaded"} if plan.teacher_load else frozenset({"weights"})
+    if plan.teacher_load:
+        teacher = plan.teacher_load.provides() | {"loaded"}
+    else:
+        teacher = frozenset({"weights"}) | (plan.teacher_objective.provides() if plan.teacher_objective else set())
     roles = {
         "data": plan.data.provides(),
         "process": plan.process.provides(),
@@ -189,6 +192,12 @@ def _check_roles(plan: Plan, problems: Problems) -> None:
         for need in part.cls.requires(part.config):
             if need.capability not in roles.get(need.role, frozenset()):
                 _refuse(part, need, names.get(need.role, "nothing"), problems)
+    if "guides" in roles["sampler"]:
+        problems.add(
+            plan.sampler.key,
+            "samples the student, which is never guided: it absorbs its teacher's guidance in distillation; move the "
+            "guidance to evaluate.teacher_sampler",
+        )
     _check_duty(plan.teacher_objective, "trains_teacher", "train a teacher from data", problems)
     _check_duty(plan.initialize_objective, "initializes", "learn from a loaded teacher's outputs", problems)
     _check_duty(plan.objective, "distills", "distil", problems)

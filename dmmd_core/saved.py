@@ -104,6 +104,7 @@ class SavedModel:
         spec: Sizes.
         trained_num_steps: Number of steps the student was trained for; None for a teacher.
         conditional: Whether it takes class labels.
+        guidable: Whether it was trained to predict without a label as well, which guidance needs.
         name: Name of the recipe.
     """
 
@@ -115,6 +116,7 @@ class SavedModel:
     spec: DataSpec
     trained_num_steps: int | None
     conditional: bool
+    guidable: bool
     name: str
 
     def sample(
@@ -125,6 +127,7 @@ class SavedModel:
         seed: int = 0,
         label: int | None = None,
         template: Tensor | None = None,
+        guidance: float | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         batch_size: int = 256,
@@ -138,6 +141,8 @@ class SavedModel:
             label: Class label for all of them; None draws labels uniformly where the model takes them.
             template: Given tokens, int64 ``[length]`` or ``[num, length]``, with `FREE` where the model fills in
                 (`text_template` makes one of a prompt). The given tokens stay as they are.
+            guidance: Scale of classifier-free guidance (`guide_log_probs`), applied before temperature and top-p, at
+                two network calls a step; 1 is none. None leaves it to the recipe's sampler.
             temperature: Divides the log-probabilities of every prediction.
             top_p: Mass of the nucleus; tokens outside it are never drawn.
             batch_size: Samples per network call.
@@ -146,8 +151,8 @@ class SavedModel:
             Tokens, int64 ``[num, length]``, on the CPU; `codec` decodes them.
 
         Raises:
-            ValueError: A label for a model without classes, one out of range, no number of steps, or a template of
-                another shape or with tokens that the model does not have.
+            ValueError: A label for a model without classes, one out of range, no number of steps, guidance for a
+                model that cannot be guided, or a template of another shape or with tokens that the model does not have.
         """
         steps = steps or self.trained_num_steps
         if not steps or steps < 1 or num < 1:
@@ -158,11 +163,20 @@ class SavedModel:
             raise ValueError(f"the label must be in 0..{(self.spec.num_classes or 0) - 1}, got {label}")
         if temperature <= 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}")
+        if guidance is not None:
+            self._check_guidance(guidance)
         if template is not None:
             template = self._checked_template(template, num)
         denoiser = self.denoiser
-        if temperature != 1.0 or top_p != 1.0:
-            denoiser = ShapedDenoiser(denoiser, temperature=temperature, top_p=top_p, lowering=math.inf)
+        if guidance is not None or temperature != 1.0 or top_p != 1.0:
+            denoiser = ShapedDenoiser(
+                denoiser,
+                guidance=guidance,
+                num_classes=self.spec.num_classes,
+                temperature=temperature,
+                top_p=top_p,
+                lowering=math.inf,
+            )
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         parts = []
         for start in range(0, num, batch_size):
@@ -191,6 +205,17 @@ class SavedModel:
             )
         tokens = [*map(int, first), *[FREE] * free, *map(int, last)]
         return torch.tensor(tokens, dtype=torch.int64)
+
+    def _check_guidance(self, guidance: float) -> None:
+        if guidance < 0:
+            raise ValueError(f"guidance must be at least 0, got {guidance}")
+        if guidance != 1.0 and not self.guidable:
+            why = (
+                "a student has absorbed its teacher's guidance in distillation; leave guidance out"
+                if self.role == "student"
+                else "this teacher never saw 'no label' in training; train it with label dropout, or leave guidance out"
+            )
+            raise ValueError(f"{self.name!r} cannot be guided: {why}")
 
     def _checked_template(self, template: Tensor, num: int) -> Tensor:
         length, vocab_size = self.spec.length, self.spec.vocab_size
@@ -267,6 +292,20 @@ def load_model_weights(path: str | Path, role: Role, denoiser: Denoiser, codec: 
     load_weights(denoiser, load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
 
 
+def saved_capabilities(path: str | Path, role: Role) -> frozenset[str] | None:
+    """Capabilities that the training of a saved model gave it; None where there is no such model to be read.
+
+    Args:
+        path: A run directory or a model folder.
+        role: What the model must be.
+    """
+    try:
+        config = json.loads((_folder(path, role) / "config.json").read_text(encoding="utf-8"))
+        return frozenset(config.get("capabilities", ()))
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever loads it will say what is wrong
+
+
 def plan_of(config: dict[str, Any], origin: str, registry: Registry) -> Plan:
     """Resolve the recipe in a model folder's config.
 
@@ -317,5 +356,6 @@ def _load(folder: Path, role: Role, device: str | torch.device, registry: Regist
         spec=spec,
         trained_num_steps=config.get("trained_num_steps"),
         conditional="labels" in plan.backbone.provides(),
+        guidable="unlabelled" in config.get("capabilities", ()),
         name=plan.recipe.name,
     )

@@ -29,7 +29,11 @@ class Samples:
 
 
 class Sampler(Component, ABC):
-    """Draws clean tokens from a denoiser; capability ``last_step`` if it can return `last_log_probs`."""
+    """Draws clean tokens from a denoiser.
+
+    Capabilities: ``last_step`` if it can return `last_log_probs`; ``distribution`` if it can enumerate; ``guides`` if
+    it is set to guide by labels, which is for teachers alone.
+    """
 
     kind: ClassVar[str] = "sampler"
 

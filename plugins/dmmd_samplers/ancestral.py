@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ from dmmd_core import (
     Denoiser,
     Draws,
     Process,
+    Requirement,
     Sampler,
     Samples,
     UnsupportedError,
     categorical_from_uniform,
+    guided,
     option,
     shape_log_probs,
 )
@@ -33,21 +36,37 @@ class Ancestral(Sampler):
         """Parameters."""
 
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
+        guidance: float = option(
+            1.0, help="classifier-free guidance of every prediction of a teacher; 1 is none", minimum=0
+        )
         temperature: float = option(1.0, help="temperature of every prediction", above=0)
         top_p: float = option(1.0, help="nucleus of every prediction", above=0, maximum=1)
         top_p_lowering: float | None = option(
             None, help="nats taken off tokens outside the nucleus; null removes them", above=0
         )
 
-    def __init__(self, config: Ancestral.Config, *, process: Process, length: int) -> None:
+    def __init__(
+        self, config: Ancestral.Config, *, process: Process, length: int, num_classes: int | None = None
+    ) -> None:
         self.config = config
+        self.num_classes = num_classes
         self.process = process
         self.length = length
 
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
-        """See `Component.provides`."""
-        return frozenset({"last_step", "distribution"})
+        """See `Component.provides`; a guided sampler needs labels, which no enumeration has."""
+        return frozenset({"last_step", "distribution"} if config.guidance == 1.0 else {"last_step", "guides"})
+
+    @classmethod
+    def requires(cls, config: Any) -> Sequence[Requirement]:
+        """See `Component.requires`."""
+        if config.guidance == 1.0:
+            return []
+        return [
+            Requirement("backbone", "labels", "to guide by labels", "guidance"),
+            Requirement("teacher", "unlabelled", "(training with label dropout) to be guided", "guidance"),
+        ]
 
     @torch.no_grad()
     def sample(
@@ -63,6 +82,7 @@ class Ancestral(Sampler):
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         condition = condition or Condition()
+        denoiser = guided(denoiser, self.config.guidance, self.num_classes)
         z = self.process.prior_sample(self.length, draws.at_step(0))
         last = None
         for step in range(num_steps):
@@ -87,6 +107,8 @@ class Ancestral(Sampler):
     @torch.no_grad()
     def distribution(self, denoiser: Denoiser, *, num_steps: int) -> Tensor:
         """See `Sampler.distribution`: the transition matrices of all steps, applied to the prior."""
+        if self.config.guidance != 1.0:
+            raise UnsupportedError("a guided sampler needs labels, which an enumeration has not; count samples instead")
         if denoiser.takes_latent:
             raise UnsupportedError("a denoiser with a latent has no transition matrix; average its last steps instead")
         size, length = self.process.num_inputs, self.length
