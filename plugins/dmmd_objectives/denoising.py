@@ -85,9 +85,10 @@ class Denoising(Objective):
 
     def loss(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> Losses:
         """See `Objective.loss`."""
+        batch = self._drop_labels(batch, draws)
         t = draws.uniform("t")
         z_t = self.process.corrupt(batch.tokens, t, draws)
-        condition = Condition(label=self._labels(batch, draws))
+        condition = Condition(label=batch.labels)
         prediction = self.network(z_t, t, condition, self.network.draw_latent(draws))
         clean = batch.tokens.flatten()
         given = None
@@ -108,10 +109,10 @@ class Denoising(Objective):
         loss = sum_over_rows(rows_with_loss(self.process, z_t, t), row_loss, self.config.chunk_rows)
         return Losses({"network": loss}, {"loss": loss.detach()})
 
-    def _labels(self, batch: Batch, draws: Draws) -> Tensor | None:
-        """Labels, each replaced by "no label" with a given probability (Ho and Salimans, arXiv:2207.12598)."""
+    def _drop_labels(self, batch: Batch, draws: Draws) -> Batch:
+        """Replace each label by "no label" with a given probability (Ho and Salimans, arXiv:2207.12598)."""
         if not self.config.label_dropout or batch.labels is None:
-            return batch.labels
+            return batch
         assert self.num_classes is not None  # refused by `requires`
         dropped = draws.uniform("label_dropout") < self.config.label_dropout
-        return torch.where(dropped, self.num_classes, batch.labels)
+        return Batch(batch.tokens, torch.where(dropped, self.num_classes, batch.labels))
