@@ -48,6 +48,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
             "name": "transformer",
             "params": {"width": 8, "depth": 1, "heads": 1, "class_conditional": True},
         },
+        "unet": {"name": "unet", "params": {"width": 4, "multipliers": [1, 2], "blocks": 1, "head_width": 8}},
+        "uvit": {
+            "name": "uvit",
+            "params": {"width": 8, "depth": 2, "heads": 1, "embedding_width": 4, "class_conditional": True},
+        },
     },
     "generator": {
         "deterministic": {"name": "deterministic"},
@@ -75,7 +80,7 @@ def _refused(choice: dict[str, str]) -> bool:
     digits = choice["data"].startswith("digits")
     return (
         (choice["teacher"] == "exact" and (digits or choice["data"] == "text"))  # too many sequences to sum over
-        or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not digits)  # no grid, no labels
+        or (choice["backbone"] not in ("mlp", "transformer") and not digits)  # no grid, no labels
         or (choice["generator"] == "pyramid" and not digits)  # no grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
     )

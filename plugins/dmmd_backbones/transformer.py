@@ -53,7 +53,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.kernel, self.attend = choose_attention(config.attention)
+        self.kernel, self.attend = choose_attention(config.attention, head_width=width // config.heads)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
         self.to_qkv = nn.Linear(width, 3 * width)
@@ -199,9 +199,10 @@ class Transformer(Backbone):
         """See `Component.smoke`."""
         head_width = min(config.width // config.heads, 16)
         heads = min(config.heads, 2)
-        return type(config)(
-            **{**vars(config), "width": head_width * heads, "heads": heads, "depth": min(config.depth, 2)}
-        )
+        # A smoke run must work without a GPU.
+        attention = "auto" if config.attention == "xformers" else config.attention
+        smaller = {"width": head_width * heads, "heads": heads, "depth": min(config.depth, 2), "attention": attention}
+        return type(config)(**{**vars(config), **smaller})
 
     def description(self) -> dict[str, str]:
         """See `Backbone.description`."""
