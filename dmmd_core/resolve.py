@@ -192,7 +192,7 @@ def _check_roles(plan: Plan, problems: Problems) -> None:
         for need in part.cls.requires(part.config):
             if need.capability not in roles.get(need.role, frozenset()):
                 _refuse(part, need, names.get(need.role, "nothing"), problems)
-    if "guides" in roles["sampler"]:
+    if "guides" in plan.sampler.provides():
         problems.add(
             plan.sampler.key,
             "samples the student, which is never guided: it absorbs its teacher's guidance in distillation; move the "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmmd_core.draws import Draws
+from dmmd_core.errors import UnsupportedError
 from dmmd_core.interfaces.denoiser import Condition, Denoiser, Prediction
 
 # What counts as the unconditional log-probability of a token that the unconditional prediction excludes: finite, for
@@ -136,6 +137,7 @@ class ShapedDenoiser(Denoiser):
 
         Raises:
             ValueError: Guidance, and the condition has no labels.
+            UnsupportedError: Guidance, and the condition has a context, which the label has gone into already.
         """
         prediction = self.inner(z_t, t, condition, latent)
         if self._guides:
@@ -157,6 +159,8 @@ class ShapedDenoiser(Denoiser):
     def _without_label(self, condition: Condition | None) -> Condition:
         if condition is None or condition.label is None:
             raise ValueError("guidance needs labels, but the condition has none; give labels, or set guidance to 1")
+        if condition.context is not None:
+            raise UnsupportedError("guidance cannot take the label out of a context of finished blocks; set it to 1")
         assert self.num_classes is not None
         return dataclasses.replace(condition, label=torch.full_like(condition.label, self.num_classes))
 

@@ -128,6 +128,17 @@ def test_every_pair_of_components_runs_or_is_refused(
     assert 0 <= int(samples.tokens.min()) <= int(samples.tokens.max()) < run.assembly.spec.vocab_size
 
 
+def test_a_run_samples_by_confidence(registry: Registry, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, sampler={"name": "confidence"})
+    run = Run(resolve(recipe_from_plain(recipe, "recipe"), registry), registry)
+    run.execute()
+    for model, steps in (("teacher", 1), ("student", 2)):
+        samples = run.samples(model, steps)
+        assert samples is not None
+        assert int(samples.tokens.max()) < 3, "nothing stays masked"
+    assert {row["sampler"] for row in run.metrics["results"] if row["num_steps"]} == {"confidence"}
+
+
 def test_the_axes_name_every_component_in_the_tree(registry: Registry) -> None:
     for kind in ("data", "process", "backbone", "generator", "teacher"):
         used = {choice["name"] for choice in AXES[kind].values() if "name" in choice} | {"exact", "from_run"}

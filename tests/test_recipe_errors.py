@@ -106,6 +106,8 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str, list[str]]] = [
     ("guided sampling without label dropout", CLASSES, "evaluate.teacher_sampler",
      {"name": "ancestral", "params": {"guidance": 2.0}}, "evaluate.teacher_sampler.params.guidance",
      ["unlabelled", "label dropout"]),
+    ("confidence without masks", {"process": {"name": "uniform"}}, "sampler", {"name": "confidence"}, "sampler",
+     ["'masks'", "uniform"]),
     ("guided student", DROPPING, "sampler.params", {"guidance": 2.0}, "sampler",
      ["never guided", "evaluate.teacher_sampler"]),
     ("other format", {}, "schema", 2, "schema", ["must be 1"]),

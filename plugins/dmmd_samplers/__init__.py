@@ -1,1 +1,1 @@
-"""Samplers: exact ancestral sampling."""
+"""Samplers: exact ancestral sampling, and sampling by confidence for masks."""

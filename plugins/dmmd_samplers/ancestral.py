@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,8 @@ from dmmd_core import (
     UnsupportedError,
     categorical_from_uniform,
     guided,
-    option,
-    shape_log_probs,
 )
+from dmmd_samplers.shaped import ShapedConfig
 
 _MAX_STATES = 20_000
 
@@ -32,18 +30,8 @@ class Ancestral(Sampler):
     """One network call a step; logits are made only for the rows that are about to be drawn."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(ShapedConfig):
         """Parameters."""
-
-        chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
-        guidance: float = option(
-            1.0, help="classifier-free guidance of every prediction of a teacher; 1 is none", minimum=0
-        )
-        temperature: float = option(1.0, help="temperature of every prediction", above=0)
-        top_p: float = option(1.0, help="nucleus of every prediction", above=0, maximum=1)
-        top_p_lowering: float | None = option(
-            None, help="nats taken off tokens outside the nucleus; null removes them", above=0
-        )
 
     def __init__(
         self, config: Ancestral.Config, *, process: Process, length: int, num_classes: int | None = None
@@ -61,12 +49,7 @@ class Ancestral(Sampler):
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
         """See `Component.requires`."""
-        if config.guidance == 1.0:
-            return []
-        return [
-            Requirement("backbone", "labels", "to guide by labels", "guidance"),
-            Requirement("teacher", "unlabelled", "(training with label dropout) to be guided", "guidance"),
-        ]
+        return config.requirements()
 
     @torch.no_grad()
     def sample(
@@ -92,7 +75,7 @@ class Ancestral(Sampler):
             prediction = denoiser(z, t, condition, denoiser.draw_latent(now))
             to_draw = self.process.rows_to_draw(z, s, t, now)
             if last_step and step == num_steps - 1:
-                last = self._shape(prediction.log_probs()).unflatten(0, z.shape)
+                last = self.config.shape(prediction.log_probs()).unflatten(0, z.shape)
                 # What is not drawn stays as it is, whatever the denoiser says of it.
                 kept = torch.nn.functional.one_hot(z.clamp(max=last.shape[-1] - 1), last.shape[-1]).to(last).log()
                 last = torch.where(to_draw.unsqueeze(-1), last, kept)
@@ -100,7 +83,7 @@ class Ancestral(Sampler):
             uniform = now.uniform("x", z.shape[1:]).flatten()
             x = z.clamp(max=self.process.vocab_size - 1).flatten()
             for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
-                x[rows] = categorical_from_uniform(self._shape(log_probs).exp(), uniform[rows])
+                x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
             z = self.process.posterior_sample(x.view_as(z), z, s, t, now)
         return Samples(z, last)
 
@@ -125,18 +108,13 @@ class Ancestral(Sampler):
             # States of no weight are left out: a denoiser need not make sense of them.
             for part in (weights > 0).nonzero().squeeze(-1).split(1024):
                 z = states[part]
-                x_probs = self._shape(denoiser(z, t[part]).log_probs()).double().exp().unflatten(0, z.shape)
+                x_probs = self.config.shape(denoiser(z, t[part]).log_probs()).double().exp().unflatten(0, z.shape)
                 x_probs = x_probs / x_probs.sum(-1, keepdim=True)
                 transition = _outer(self.process.posterior_probs(x_probs, z, s[part], t[part]))
                 moved += weights[part] @ transition
             weights = moved
         clean = (states < self.process.vocab_size).all(-1)
         return weights[clean].cpu()
-
-    def _shape(self, log_probs: Tensor) -> Tensor:
-        config = self.config
-        lowering = math.inf if config.top_p_lowering is None else config.top_p_lowering
-        return shape_log_probs(log_probs, config.temperature, config.top_p, lowering)
 
     def _fix(self, time: float, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Times ``[batch]``, or per position with fixed ones at 0, and `z` with the fixed tokens put in."""

@@ -206,6 +206,8 @@ def test_guidance_without_labels_is_refused_and_not_ignored() -> None:
     for condition in (None, Condition()):
         with pytest.raises(ValueError, match="guidance needs labels"):
             model(z, t, condition)
+    with pytest.raises(UnsupportedError, match="context"):
+        model(z, t, Condition(label=torch.zeros(1, dtype=torch.int64), context=object()))
     with pytest.raises(ValueError, match="number of classes"):
         ShapedDenoiser(teacher, guidance=2.0)
     sampler = Ancestral(Ancestral.Config(guidance=2.0), process=teacher.process, length=LENGTH, num_classes=CLASSES)
