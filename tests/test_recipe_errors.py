@@ -108,6 +108,8 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str, list[str]]] = [
      ["unlabelled", "label dropout"]),
     ("confidence without masks", {"process": {"name": "uniform"}}, "sampler", {"name": "confidence"}, "sampler",
      ["'masks'", "uniform"]),
+    ("class accuracy without classes", DIGITS, "evaluate.metrics", [{"name": "class_accuracy"}],
+     "evaluate.metrics[0]", ["labels", "mlp"]),
     ("guided student", DROPPING, "sampler.params", {"guidance": 2.0}, "sampler",
      ["never guided", "evaluate.teacher_sampler"]),
     ("other format", {}, "schema", 2, "schema", ["must be 1"]),
