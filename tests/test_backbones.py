@@ -164,8 +164,11 @@ def test_auto_gives_to_sdpa_what_xformers_refuses_and_by_name_it_is_an_error(mon
     monkeypatch.setattr(dmmd_backbones.attention, "_kernel_problem", broken.__getitem__)
     if xformers_problem(16) is not None:
         pytest.skip("xformers does not import here")
-    assert choose_attention("auto", head_width=16) == choose_attention("xformers", head_width=16)
-    assert choose_attention("auto", head_width=16)[0] == "xformers"
+    assert choose_attention("xformers", head_width=16) == ("xformers", xformers_attention)
+    name, attend = choose_attention("auto", head_width=16)
+    assert name == "xformers on CUDA"
+    tensors = torch.randn(3, 1, 4, 2, 16)
+    assert torch.equal(attend(*tensors), sdpa_attention(*tensors)), "a model on a CPU needs no other setting"
     for words, what in {
         "multiple of 8": {"head_width": 12},
         "no kernel": {"head_width": 32},

@@ -1,7 +1,7 @@
 """One attention function, two kernels: PyTorch's own (always works) and xformers (CUDA).
 
 What xformers refuses, ``auto`` gives to PyTorch's own kernel and ``xformers`` by name is an error: masks, heads whose
-width is no multiple of 8, and a build that has no kernel for this device.
+width is no multiple of 8, a build that has no kernel for this device, and a model on a CPU.
 """
 
 from __future__ import annotations
@@ -59,6 +59,14 @@ def xformers_attention(
     return memory_efficient_attention(query, key, value, p=dropout)
 
 
+def xformers_or_sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0
+) -> Tensor:
+    """Attend with xformers on a CUDA device and with PyTorch's own kernel elsewhere; see `Attention`."""
+    attend = xformers_attention if query.is_cuda else sdpa_attention
+    return attend(query, key, value, mask, dropout=dropout)
+
+
 def xformers_problem(head_width: int | None = None) -> str | None:
     """Say why xformers cannot attend with heads of this width, or return None.
 
@@ -94,7 +102,8 @@ def choose_attention(
 ) -> tuple[str, Attention]:
     """Pick the kernel once, at construction.
 
-    ``auto`` takes xformers where a CUDA device is present and xformers can do what is asked, SDPA otherwise.
+    ``auto`` takes xformers where a CUDA device is present and xformers can do what is asked, SDPA otherwise; a model
+    that is then put on a CPU all the same attends with SDPA.
 
     Args:
         kernel: What the recipe asks for.
@@ -110,8 +119,8 @@ def choose_attention(
     if kernel == "sdpa" or (kernel == "auto" and not torch.cuda.is_available()):
         return "sdpa", sdpa_attention
     problem = "xformers takes no mask here; set attention to sdpa or auto" if masked else xformers_problem(head_width)
-    if problem is None:
-        return "xformers", xformers_attention
     if kernel == "xformers":
-        raise FieldError("attention", problem)
-    return "sdpa", sdpa_attention
+        if problem:
+            raise FieldError("attention", problem)
+        return "xformers", xformers_attention
+    return ("sdpa", sdpa_attention) if problem else ("xformers on CUDA", xformers_or_sdpa_attention)
