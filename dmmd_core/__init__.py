@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from dmmd_core.plugins import load_plugins
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
-    from dmmd_core.saved import load_model_weights, load_student, load_teacher
-    from dmmd_core.shaping import ShapedDenoiser, shape_log_probs
+    from dmmd_core.saved import load_model_weights, load_student, load_teacher, saved_capabilities
+    from dmmd_core.shaping import ShapedDenoiser, guide_log_probs, guided, shape_log_probs
 
 _HOMES = {
     "dmmd_core.blocks": "times_per_position times_per_sample training_condition",
@@ -88,8 +88,8 @@ _HOMES = {
     "dmmd_core.plugins": "load_plugins",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
-    "dmmd_core.saved": "load_model_weights load_student load_teacher",
-    "dmmd_core.shaping": "ShapedDenoiser shape_log_probs",
+    "dmmd_core.saved": "load_model_weights load_student load_teacher saved_capabilities",
+    "dmmd_core.shaping": "ShapedDenoiser guide_log_probs guided shape_log_probs",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -144,6 +144,8 @@ __all__ = [
     "UnsupportedError",
     "Value",
     "categorical_from_uniform",
+    "guide_log_probs",
+    "guided",
     "hookimpl",
     "hub_problem",
     "load_model_weights",
@@ -154,6 +156,7 @@ __all__ = [
     "option",
     "per_position",
     "rows_with_loss",
+    "saved_capabilities",
     "shape_log_probs",
     "slot",
     "sum_over_rows",

@@ -56,6 +56,7 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
         "--template", metavar="FILE", help="tokens to keep: .npy of [length] or [num, length], -1 where to fill in"
     )
     parser.add_argument("--length", type=int, help="tokens per sample, for models with blocks (default: as trained)")
+    parser.add_argument("--guidance", type=float, help="guidance of a teacher by labels; 1 is none (default: recipe)")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of every prediction (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of every prediction (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
@@ -159,6 +160,7 @@ def _sample(options: argparse.Namespace) -> None:
             label=options.label,
             template=_template(options, model),
             length=options.length,
+            guidance=options.guidance,
             temperature=options.temperature,
             top_p=options.top_p,
         )

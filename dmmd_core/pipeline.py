@@ -166,7 +166,12 @@ class Run:
                 trainer = Trainer(self, stage, objective, section, self.directory / "checkpoints" / stage)
                 trained = trainer.train()
                 role: Role = "student" if stage == "distill" else "teacher"
-                facts = {"trained_num_steps": num_steps, "ema": section.ema > 0, "training_steps": section.steps}
+                facts = {
+                    "trained_num_steps": num_steps,
+                    "ema": section.ema > 0,
+                    "training_steps": section.steps,
+                    "capabilities": sorted(part.provides()),
+                }
                 save_model(folder, role, trained.model, self.assembly, facts)
                 return {**trained.metrics, "seconds": trained.seconds}
 

@@ -71,6 +71,10 @@ class AutocastSampler(Sampler):
                 denoiser, draws, num_steps=num_steps, condition=condition, last_step=last_step, length=length
             )
 
+    def prepared(self, denoiser: Denoiser) -> Denoiser:
+        """See `Sampler.prepared`."""
+        return self.inner.prepared(denoiser)
+
     def distribution(
         self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None
     ) -> Tensor:

@@ -168,7 +168,10 @@ def _required(wanted: Slot, kind: str, key: str, registry: Registry, problems: P
 
 def _check_roles(plan: Plan, problems: Problems) -> None:
     """Check every declared requirement against what all parts in that role provide."""
-    teacher = plan.teacher_load.provides() | {"loaded"} if plan.teacher_load else frozenset({"weights"})
+    if plan.teacher_load:
+        teacher = plan.teacher_load.provides() | {"loaded"}
+    else:
+        teacher = frozenset({"weights"}) | (plan.teacher_objective.provides() if plan.teacher_objective else set())
     if "weights" in teacher:
         teacher |= plan.backbone.provides()  # it is a network on the recipe's backbone
     teacher_name = plan.teacher_load.entry.name if plan.teacher_load else "trained in the run"
@@ -187,6 +190,12 @@ def _check_roles(plan: Plan, problems: Problems) -> None:
             for name, provided in roles.get(need.role, [("nothing", frozenset())]):
                 if need.capability not in provided:
                     _refuse(part, need, name, problems)
+    if "guides" in plan.sampler.provides():
+        problems.add(
+            plan.sampler.key,
+            "samples the student, which is never guided: it absorbs its teacher's guidance in distillation; move the "
+            "guidance to evaluate.teacher_sampler",
+        )
     _check_duty(plan.teacher_objective, "trains_teacher", "train a teacher from data", problems)
     _check_duty(plan.initialize_objective, "initializes", "learn from a loaded teacher's outputs", problems)
     _check_duty(plan.objective, "distills", "distil", problems)

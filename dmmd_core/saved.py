@@ -104,6 +104,7 @@ class SavedModel:
         spec: Sizes.
         trained_num_steps: Number of steps the student was trained for; None for a teacher.
         conditional: Whether it takes class labels.
+        guidable: Whether it was trained to predict without a label as well, which guidance needs.
         name: Name of the recipe.
         any_length: Whether it can draw more tokens than it was trained on, block after block.
     """
@@ -116,6 +117,7 @@ class SavedModel:
     spec: DataSpec
     trained_num_steps: int | None
     conditional: bool
+    guidable: bool
     name: str
     any_length: bool = False
 
@@ -128,6 +130,7 @@ class SavedModel:
         label: int | None = None,
         template: Tensor | None = None,
         length: int | None = None,
+        guidance: float | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         batch_size: int = 256,
@@ -144,6 +147,8 @@ class SavedModel:
                 (`text_template` makes one of a prompt). The given tokens stay as they are; a model with blocks looks at
                 those before and within a block, never at those behind it.
             length: Tokens per sample, where the model has blocks; by default as many as in its training.
+            guidance: Scale of classifier-free guidance (`guide_log_probs`), applied before temperature and top-p, at
+                two network calls a step; 1 is none. None leaves it to the recipe's sampler.
             temperature: Divides the log-probabilities of every prediction.
             top_p: Mass of the nucleus; tokens outside it are never drawn.
             batch_size: Samples per network call.
@@ -153,7 +158,8 @@ class SavedModel:
 
         Raises:
             ValueError: A label for a model without classes, one out of range, no number of steps, a length that the
-                model cannot draw, or a template of another shape or with tokens that the model does not have.
+                model cannot draw, guidance for a model that cannot be guided, or a template of another shape or with
+                tokens that the model does not have.
         """
         steps = steps or self.trained_num_steps
         if not steps or steps < 1 or num < 1:
@@ -165,11 +171,20 @@ class SavedModel:
         if temperature <= 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}")
         length = self.checked_length(length)
+        if guidance is not None:
+            self._check_guidance(guidance)
         if template is not None:
             template = self._checked_template(template, num, length)
         denoiser = self.denoiser
-        if temperature != 1.0 or top_p != 1.0:
-            denoiser = ShapedDenoiser(denoiser, temperature=temperature, top_p=top_p, lowering=math.inf)
+        if guidance is not None or temperature != 1.0 or top_p != 1.0:
+            denoiser = ShapedDenoiser(
+                denoiser,
+                guidance=guidance,
+                num_classes=self.spec.num_classes,
+                temperature=temperature,
+                top_p=top_p,
+                lowering=math.inf,
+            )
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         parts = []
         for start in range(0, num, batch_size):
@@ -221,6 +236,17 @@ class SavedModel:
             )
         tokens = [*map(int, first), *[FREE] * free, *map(int, last)]
         return torch.tensor(tokens, dtype=torch.int64)
+
+    def _check_guidance(self, guidance: float) -> None:
+        if guidance < 0:
+            raise ValueError(f"guidance must be at least 0, got {guidance}")
+        if guidance != 1.0 and not self.guidable:
+            why = (
+                "a student has absorbed its teacher's guidance in distillation; leave guidance out"
+                if self.role == "student"
+                else "this teacher never saw 'no label' in training; train it with label dropout, or leave guidance out"
+            )
+            raise ValueError(f"{self.name!r} cannot be guided: {why}")
 
     def _checked_template(self, template: Tensor, num: int, length: int) -> Tensor:
         vocab_size = self.spec.vocab_size
@@ -297,6 +323,20 @@ def load_model_weights(path: str | Path, role: Role, denoiser: Denoiser, codec: 
     load_weights(denoiser, load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
 
 
+def saved_capabilities(path: str | Path, role: Role) -> frozenset[str] | None:
+    """Capabilities that the training of a saved model gave it; None where there is no such model to be read.
+
+    Args:
+        path: A run directory or a model folder.
+        role: What the model must be.
+    """
+    try:
+        config = json.loads((_folder(path, role) / "config.json").read_text(encoding="utf-8"))
+        return frozenset(config.get("capabilities", ()))
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever loads it will say what is wrong
+
+
 def plan_of(config: dict[str, Any], origin: str, registry: Registry) -> Plan:
     """Resolve the recipe in a model folder's config.
 
@@ -347,6 +387,7 @@ def _load(folder: Path, role: Role, device: str | torch.device, registry: Regist
         spec=spec,
         trained_num_steps=config.get("trained_num_steps"),
         conditional="labels" in plan.backbone.provides(),
+        guidable="unlabelled" in config.get("capabilities", ()),
         name=plan.recipe.name,
         any_length="any_length" in plan.backbone.provides(),
     )

@@ -250,8 +250,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 def test_blocks_are_attended_by_sdpa_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("dmmd_backbones.attention.xformers_problem", lambda: None)
-    assert choose_attention("auto")[0] == "xformers"
+    monkeypatch.setattr("dmmd_backbones.attention.xformers_problem", lambda head_width: None)
+    assert choose_attention("auto")[0] == "xformers on CUDA"
     assert choose_attention("auto", masked=True)[0] == "sdpa"
     assert _transformer().description() == {"attention": "sdpa", "block_size": "3"}
 

@@ -52,6 +52,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
             "name": "transformer",
             "params": {"width": 8, "depth": 1, "heads": 1, "block_size": 2, "convolutions": 1},
         },
+        "unet": {"name": "unet", "params": {"width": 4, "multipliers": [1, 2], "blocks": 1, "head_width": 8}},
+        "uvit": {
+            "name": "uvit",
+            "params": {"width": 8, "depth": 2, "heads": 1, "embedding_width": 4, "class_conditional": True},
+        },
     },
     "generator": {
         "deterministic": {"name": "deterministic"},
@@ -79,7 +84,7 @@ def _refused(choice: dict[str, str]) -> bool:
     digits = choice["data"].startswith("digits")
     return (
         (choice["teacher"] == "exact" and (digits or choice["data"] == "text"))  # too many sequences to sum over
-        or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not digits)  # no grid, no labels
+        or (choice["backbone"] not in ("mlp", "transformer", "transformer_blocks") and not digits)  # no grid, no labels
         or (choice["generator"] == "pyramid" and not digits)  # no grid
         or (choice["generator"] == "pyramid" and choice["backbone"] == "transformer_blocks")  # spans the whole grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
@@ -127,6 +132,17 @@ def test_every_pair_of_components_runs_or_is_refused(
     assert run.assembly.spec is not None
     assert samples.tokens.shape == (4, run.assembly.spec.length)
     assert 0 <= int(samples.tokens.min()) <= int(samples.tokens.max()) < run.assembly.spec.vocab_size
+
+
+def test_a_run_samples_by_confidence(registry: Registry, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, sampler={"name": "confidence"})
+    run = Run(resolve(recipe_from_plain(recipe, "recipe"), registry), registry)
+    run.execute()
+    for model, steps in (("teacher", 1), ("student", 2)):
+        samples = run.samples(model, steps)
+        assert samples is not None
+        assert int(samples.tokens.max()) < 3, "nothing stays masked"
+    assert {row["sampler"] for row in run.metrics["results"] if row["num_steps"]} == {"confidence"}
 
 
 def test_the_axes_name_every_component_in_the_tree(registry: Registry) -> None:

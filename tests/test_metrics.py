@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from dmmd_codecs.pixels import Pixels
 from dmmd_core import Condition, Denoiser, Draws, FieldError, Metric, Prediction, Subject, Value
 from dmmd_data.digits import Digits
 from dmmd_data.enumerable import MarkovChain
+from dmmd_metrics.class_accuracy import ClassAccuracy
 from dmmd_metrics.class_histogram import ClassHistogram
 from dmmd_metrics.classifier import SmallClassifier
 from dmmd_metrics.copies import Copies
 from dmmd_metrics.entropy import TokenEntropy
 from dmmd_metrics.frechet import FrechetDistance, frechet_distance
 from dmmd_metrics.total_variation import TotalVariation
+from dmmd_metrics.within_class import WithinClassDiversity, mean_pairwise_distance
 from dmmd_processes.masked import Masked
 from dmmd_processes.schedules import Linear
 from dmmd_samplers.ancestral import Ancestral
@@ -199,6 +202,46 @@ def test_feature_metrics_rank_real_images_before_noise(digits: Digits, tmp_path:
     assert spread[0] < 0.05
     assert spread[1] > 0.8
     assert "small_classifier" in _one(frechet, "frechet_distance", _subject(real)).reference
+
+
+def test_mean_pairwise_distance_is_the_mean_over_all_pairs() -> None:
+    source = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 3, generator=source, dtype=torch.float64)
+    pairs = [float((rows[i] - rows[j]).norm()) for i in range(12) for j in range(i)]
+    assert mean_pairwise_distance(rows)[0] == pytest.approx(sum(pairs) / len(pairs))
+    # Its standard error: over 400 fresh sets the means spread as the error says, within a third.
+    sets = torch.randn(400, 60, 3, generator=source, dtype=torch.float64)
+    found = torch.tensor([mean_pairwise_distance(one) for one in sets], dtype=torch.float64)
+    assert float(found[:, 0].std()) == pytest.approx(float(found[:, 1].mean()), rel=0.33)
+
+
+def test_class_metrics_tell_asked_for_from_other_classes_and_variety_from_repetition(
+    digits: Digits, tmp_path: Path
+) -> None:
+    network = SmallClassifier(SmallClassifier.Config(), data=digits, num_classes=10, cache_directory=tmp_path)
+    accuracy = ClassAccuracy(ClassAccuracy.Config(), features=network, codec=digits.codec)
+    diversity = WithinClassDiversity(WithinClassDiversity.Config(), features=network, codec=digits.codec)
+    for metric in (accuracy, diversity):
+        assert metric.prepare()["classifier_test_accuracy"] > 0.97
+        assert metric.evaluate(_subject(digits.split("test").tokens)) == [], "nothing was asked for"
+    real, labels = digits.split("test").tokens, digits.split("test").labels
+    assert labels is not None
+
+    def value(metric: Metric, name: str, tokens: Tensor, asked: Tensor) -> Value:
+        return _one(metric, name, dataclasses.replace(_subject(tokens), labels=asked))
+
+    right = value(accuracy, "class_accuracy", real, labels)
+    assert right.value > 0.95
+    assert right.lower_is_better is False
+    assert right.standard_error == pytest.approx(math.sqrt(right.value * (1 - right.value) / 450))
+    assert value(accuracy, "class_accuracy", real, (labels + 1) % 10).value < 0.05
+    first = torch.stack([real[labels == label][0] for label in range(10)])
+    varied = value(diversity, "within_class_diversity", real, labels)
+    repeated = value(diversity, "within_class_diversity", first[labels], labels)
+    mixed = value(diversity, "within_class_diversity", real, labels[torch.arange(450).roll(1)])
+    assert repeated.value == pytest.approx(0, abs=1e-6)
+    assert 1 < varied.value < mixed.value
+    assert diversity.evaluate(dataclasses.replace(_subject(real[:1]), labels=labels[:1])) == []
 
 
 def test_copies_are_found_and_new_images_are_not(digits: Digits) -> None:

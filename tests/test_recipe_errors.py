@@ -17,6 +17,11 @@ DIGITS = {
     "teacher": {"objective": {"name": "denoising"}, "train": {"steps": 2}},
     "distill": {"num_steps": 2, "steps": 2},
 }
+CLASSES = {**DIGITS, "backbone": {"name": "transformer", "params": {"class_conditional": True}}}
+DROPPING = {
+    **CLASSES,
+    "teacher": {"objective": {"name": "denoising", "params": {"label_dropout": 0.1}}, "train": {"steps": 2}},
+}
 REMOVE = object()
 
 # (what is wrong, sections replaced, key path changed, new value, key named in the error, words of the error)
@@ -88,6 +93,25 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str, list[str]]] = [
      ["cannot train a teacher"]),
     ("unreadable teacher", {}, "teacher", {"load": {"name": "from_run", "params": {"path": "no/such/run"}}},
      "teacher.load.params.path", ["no directory 'no/such/run'"]),
+    ("label dropout of 1", CLASSES, "teacher.objective.params", {"label_dropout": 1.0},
+     "teacher.objective.params.label_dropout", ["below 1"]),
+    ("label dropout without labels", DIGITS, "teacher.objective.params", {"label_dropout": 0.1},
+     "teacher.objective.params.label_dropout", ["labels", "mlp"]),
+    ("negative guidance", DROPPING, "objective.params", {"guidance": -1.0}, "objective.params.guidance",
+     ["at least 0"]),
+    ("guidance without label dropout", CLASSES, "objective.params", {"guidance": 2.0}, "objective.params.guidance",
+     ["unlabelled", "label dropout", "trained in the run"]),
+    ("guidance of an exact teacher", {}, "objective.params", {"guidance": 2.0}, "objective.params.guidance",
+     ["unlabelled", "exact"]),
+    ("guided sampling without label dropout", CLASSES, "evaluate.teacher_sampler",
+     {"name": "ancestral", "params": {"guidance": 2.0}}, "evaluate.teacher_sampler.params.guidance",
+     ["unlabelled", "label dropout"]),
+    ("confidence without masks", {"process": {"name": "uniform"}}, "sampler", {"name": "confidence"}, "sampler",
+     ["'masks'", "uniform"]),
+    ("class accuracy without classes", DIGITS, "evaluate.metrics", [{"name": "class_accuracy"}],
+     "evaluate.metrics[0]", ["labels", "mlp"]),
+    ("guided student", DROPPING, "sampler.params", {"guidance": 2.0}, "sampler",
+     ["never guided", "evaluate.teacher_sampler"]),
     ("other format", {}, "schema", 2, "schema", ["must be 1"]),
     ("interpolation", {}, "name", "${oc.env:HOME}", "name", ["interpolation is not supported"]),
 ]  # fmt: skip

@@ -26,7 +26,7 @@ class Condition:
     """What a denoiser is told beside the noisy tokens.
 
     Attributes:
-        label: Class labels, int64 ``[batch]``; the value ``num_classes`` means "no label".
+        label: Class labels, int64 ``[batch]``; the value ``num_classes`` means "no label", as None does for all.
         fixed: Positions whose token is given, bool ``[batch, length]``; they stay at t = 0.
         values: The given tokens, int64 ``[batch, length]``, read where `fixed`.
         context: What `Denoiser.encode` made of the finished blocks (its own type); None before the first block. That of

@@ -31,8 +31,9 @@ class Samples:
 class Sampler(Component, ABC):
     """Draws clean tokens from a denoiser.
 
-    Capability ``last_step`` if it can return `last_log_probs`, ``distribution`` if it can enumerate, ``blocks`` if it
-    goes from block to block of a denoiser that has a `Denoiser.block_size`.
+    Capabilities: ``last_step`` if it can return `last_log_probs`; ``distribution`` if it can enumerate; ``blocks`` if it
+    goes from block to block of a denoiser that has a `Denoiser.block_size`; ``guides`` if it is set to guide by labels,
+    which is for teachers alone.
     """
 
     kind: ClassVar[str] = "sampler"
@@ -58,6 +59,14 @@ class Sampler(Component, ABC):
             last_step: Also return the last step's log-probabilities.
             length: Tokens to draw; by default those of the data.
         """
+
+    def prepared(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser that `sample` asks: guided, where the sampler is set to guide.
+
+        Whoever encodes finished blocks for this sampler asks the same one, whose context then fits. What is prepared
+        already comes back as it is.
+        """
+        return denoiser
 
     def distribution(
         self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None

@@ -10,7 +10,11 @@ from dmmd_core.interfaces.denoiser import Denoiser
 
 
 class Teacher(Component, ABC):
-    """Supplies a ready denoiser; capability ``weights`` if it is a `NetworkDenoiser` on the recipe's backbone."""
+    """Supplies a ready denoiser.
+
+    Capabilities: ``weights`` if it is a `NetworkDenoiser` on the recipe's backbone; ``unlabelled`` if it has learned
+    what the label ``num_classes``, "no label", means, so that it can be guided.
+    """
 
     kind: ClassVar[str] = "teacher"
 

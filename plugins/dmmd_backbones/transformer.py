@@ -56,7 +56,10 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.kernel, self.attend = choose_attention(config.attention, masked=config.block_size is not None)
+        masked = config.block_size is not None
+        self.kernel, self.attend = choose_attention(
+            config.attention, head_width=width // config.heads, masked=masked
+        )
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
         self.to_qkv = nn.Linear(width, 3 * width)
@@ -251,15 +254,10 @@ class Transformer(Backbone):
         block_size = config.block_size and math.gcd(config.block_size, 8)
         head_width = min(config.width // config.heads, 16)
         heads = min(config.heads, 2)
-        return type(config)(
-            **{
-                **vars(config),
-                "width": head_width * heads,
-                "heads": heads,
-                "depth": min(config.depth, 2),
-                "block_size": block_size,
-            }
-        )
+        # A smoke run must work without a GPU.
+        attention = "auto" if config.attention == "xformers" else config.attention
+        smaller = {"width": head_width * heads, "heads": heads, "depth": min(config.depth, 2), "attention": attention}
+        return type(config)(**{**vars(config), **smaller, "block_size": block_size})
 
     def description(self) -> dict[str, str]:
         """See `Backbone.description`."""

@@ -8,6 +8,7 @@ from dmmd_core import PluginRegistrar, hookimpl
 @hookimpl
 def dmmd_register(registry: PluginRegistrar) -> None:
     """Register the components of this package."""
+    from dmmd_metrics.class_accuracy import ClassAccuracy
     from dmmd_metrics.class_histogram import ClassHistogram
     from dmmd_metrics.classifier import SmallClassifier
     from dmmd_metrics.copies import Copies
@@ -17,6 +18,7 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     from dmmd_metrics.product_bound import ProductBound
     from dmmd_metrics.text import GenerativePerplexity, GradientMoment, Mauve, NgramDivergence
     from dmmd_metrics.total_variation import TotalVariation
+    from dmmd_metrics.within_class import WithinClassDiversity
 
     registry.add("features", "small_classifier", SmallClassifier)
     registry.add("language_model", "causal_transformer", Trained)
@@ -29,5 +31,7 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     registry.add("metric", "product_bound", ProductBound)
     registry.add("metric", "frechet_distance", FrechetDistance)
     registry.add("metric", "class_histogram", ClassHistogram)
+    registry.add("metric", "class_accuracy", ClassAccuracy)
+    registry.add("metric", "within_class_diversity", WithinClassDiversity)
     registry.add("metric", "token_entropy", TokenEntropy)
     registry.add("metric", "copies", Copies)

@@ -38,27 +38,44 @@ class Denoising(Objective):
         target: Literal["data", "teacher"] = option(
             "data", help="learn from clean tokens, or from the mean that a loaded teacher gives"
         )
+        label_dropout: float = option(
+            0.0, help="probability that an example's label is replaced by 'no label', for guidance", minimum=0, below=1
+        )
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
 
     def __init__(
-        self, config: Denoising.Config, *, process: Process, network: Denoiser, teacher: Denoiser | None
+        self,
+        config: Denoising.Config,
+        *,
+        process: Process,
+        network: Denoiser,
+        teacher: Denoiser | None,
+        num_classes: int | None = None,
     ) -> None:
         self.config = config
         self.process = process
         self.network = network
         self.teacher = teacher
+        self.num_classes = num_classes
 
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
-        """Learning from data makes a teacher; learning from a loaded teacher initialises the networks."""
-        return frozenset({"blocks", "trains_teacher" if config.target == "data" else "initializes"})
+        """Learning from data makes a teacher, learning from a loaded one initialises; label dropout allows guidance."""
+        found = {"blocks", "trains_teacher" if config.target == "data" else "initializes"}
+        return frozenset({*found, "unlabelled"} if config.label_dropout > 0 else found)
 
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
         """See `Component.requires`."""
+        needs = []
         if config.target == "teacher":
-            return [Requirement("teacher", "loaded", "to learn from a teacher's outputs", "target")]
-        return []
+            needs.append(Requirement("teacher", "loaded", "to learn from a teacher's outputs", "target"))
+        if config.label_dropout > 0:
+            needs.append(Requirement("backbone", "labels", "to drop labels", "label_dropout"))
+            if config.target == "teacher":
+                reason = "(training with label dropout) to be asked without a label"
+                needs.append(Requirement("teacher", "unlabelled", reason, "label_dropout"))
+        return needs
 
     def players(self) -> dict[str, Player]:
         """See `Objective.players`."""
@@ -70,6 +87,7 @@ class Denoising(Objective):
 
     def loss(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> Losses:
         """See `Objective.loss`."""
+        batch = self._drop_labels(batch, draws)
         t = times_per_position(self.network, draws.uniform("t", times_per_sample(self.network, batch)))
         z_t = self.process.corrupt(batch.tokens, t, draws)
         condition = training_condition(self.network, batch)
@@ -92,3 +110,11 @@ class Denoising(Objective):
 
         loss = sum_over_rows(rows_with_loss(self.process, z_t, t), row_loss, self.config.chunk_rows)
         return Losses({"network": loss}, {"loss": loss.detach()})
+
+    def _drop_labels(self, batch: Batch, draws: Draws) -> Batch:
+        """Replace each label by "no label" with a given probability (Ho and Salimans, arXiv:2207.12598)."""
+        if not self.config.label_dropout or batch.labels is None:
+            return batch
+        assert self.num_classes is not None  # refused by `requires`
+        dropped = draws.uniform("label_dropout") < self.config.label_dropout
+        return Batch(batch.tokens, torch.where(dropped, self.num_classes, batch.labels))

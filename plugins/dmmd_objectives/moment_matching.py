@@ -59,6 +59,9 @@ class MomentMatching(Objective):
         auxiliary_learning_rate_scale: float = option(
             1.0, help="auxiliary's learning rate as a multiple of the student's", above=0
         )
+        guidance: float = option(
+            1.0, help="classifier-free guidance of the teacher, absorbed by the student; 1 is none", minimum=0
+        )
         temperature: float = option(1.0, help="temperature of the teacher, absorbed by the student", above=0)
         top_p: float = option(1.0, help="nucleus of the teacher, absorbed by the student", above=0, maximum=1)
         top_p_lowering: float = option(2.0, help="nats taken off tokens outside the nucleus", above=0)
@@ -76,16 +79,22 @@ class MomentMatching(Objective):
         teacher: Denoiser,
         copy_teacher: Callable[[], Denoiser],
         num_steps: int,
+        num_classes: int | None = None,
     ) -> None:
         self.config = config
         self.process = process
         self.student = network
         self.auxiliary = copy_teacher()
         self.num_steps = num_steps
-        shaped = config.temperature != 1.0 or config.top_p != 1.0
+        shaped = config.guidance != 1.0 or config.temperature != 1.0 or config.top_p != 1.0
         self.teacher = (
             ShapedDenoiser(
-                teacher, temperature=config.temperature, top_p=config.top_p, lowering=config.top_p_lowering
+                teacher,
+                guidance=config.guidance,
+                num_classes=num_classes,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                lowering=config.top_p_lowering,
             )
             if shaped
             else teacher
@@ -99,10 +108,15 @@ class MomentMatching(Objective):
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
         """See `Component.requires`."""
-        if config.auxiliary_target != "soft":
-            return []
-        reason = "a soft target is exact only where z_s tells nothing about the position's token"
-        return [Requirement("process", "soft_targets", reason, "auxiliary_target")]
+        needs = []
+        if config.auxiliary_target == "soft":
+            reason = "a soft target is exact only where z_s tells nothing about the position's token"
+            needs.append(Requirement("process", "soft_targets", reason, "auxiliary_target"))
+        if config.guidance != 1.0:
+            needs.append(Requirement("backbone", "labels", "to absorb guidance by labels", "guidance"))
+            reason = "(training with label dropout) to be guided"
+            needs.append(Requirement("teacher", "unlabelled", reason, "guidance"))
+        return needs
 
     def players(self) -> dict[str, Player]:
         """See `Objective.players`."""

@@ -33,7 +33,7 @@ class Masked(Process):
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
         """Soft targets are exact: a position that is still masked tells nothing about its clean token."""
-        return frozenset({"soft_targets"})
+        return frozenset({"masks", "soft_targets"})
 
     def prior(self) -> Tensor:
         """See `Process.prior`."""

@@ -1,1 +1,1 @@
-"""Samplers: exact ancestral sampling."""
+"""Samplers: exact ancestral sampling, sampling by confidence for masks, and block after block by either."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from dmmd_core import (
     Denoiser,
     Draws,
     Process,
+    Requirement,
     Sampler,
     Samples,
     UnsupportedError,
     categorical_from_uniform,
-    option,
-    shape_log_probs,
+    guided,
 )
+from dmmd_samplers.shaped import ShapedConfig
 
 _MAX_STATES = 20_000
 
@@ -30,25 +31,30 @@ class Ancestral(Sampler):
     """One network call a step; logits are made only for the rows that are about to be drawn."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(ShapedConfig):
         """Parameters."""
 
-        chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
-        temperature: float = option(1.0, help="temperature of every prediction", above=0)
-        top_p: float = option(1.0, help="nucleus of every prediction", above=0, maximum=1)
-        top_p_lowering: float | None = option(
-            None, help="nats taken off tokens outside the nucleus; null removes them", above=0
-        )
-
-    def __init__(self, config: Ancestral.Config, *, process: Process, length: int) -> None:
+    def __init__(
+        self, config: Ancestral.Config, *, process: Process, length: int, num_classes: int | None = None
+    ) -> None:
         self.config = config
+        self.num_classes = num_classes
         self.process = process
         self.length = length
 
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
-        """See `Component.provides`."""
-        return frozenset({"last_step", "distribution"})
+        """See `Component.provides`; a guided sampler needs labels, which no enumeration has."""
+        return frozenset({"last_step", "distribution"} if config.guidance == 1.0 else {"last_step", "guides"})
+
+    @classmethod
+    def requires(cls, config: Any) -> Sequence[Requirement]:
+        """See `Component.requires`."""
+        return config.requirements()
+
+    def prepared(self, denoiser: Denoiser) -> Denoiser:
+        """See `Sampler.prepared`."""
+        return guided(denoiser, self.config.guidance, self.num_classes)
 
     @torch.no_grad()
     def sample(
@@ -65,6 +71,7 @@ class Ancestral(Sampler):
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         condition = condition or Condition()
+        denoiser = self.prepared(denoiser)
         length = length or self.length
         z = self.process.prior_sample(length, draws.at_step(0))
         last = None
@@ -75,7 +82,7 @@ class Ancestral(Sampler):
             prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
             to_draw = self.process.rows_to_draw(z, s, t, now)
             if last_step and step == num_steps - 1:
-                last = self._shape(prediction.log_probs()).unflatten(0, z.shape)
+                last = self.config.shape(prediction.log_probs()).unflatten(0, z.shape)
                 # What is not drawn stays as it is, whatever the denoiser says of it.
                 kept = torch.nn.functional.one_hot(z.clamp(max=last.shape[-1] - 1), last.shape[-1]).to(last).log()
                 last = torch.where(to_draw.unsqueeze(-1), last, kept)
@@ -83,7 +90,7 @@ class Ancestral(Sampler):
             uniform = now.uniform("x", z.shape[1:]).flatten()
             x = z.clamp(max=self.process.vocab_size - 1).flatten()
             for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
-                x[rows] = categorical_from_uniform(self._shape(log_probs).exp(), uniform[rows])
+                x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
             z = self.process.posterior_sample(x.view_as(z), z, s, t, now)
         return Samples(z, last)
 
@@ -92,6 +99,8 @@ class Ancestral(Sampler):
         self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None
     ) -> Tensor:
         """See `Sampler.distribution`: the transition matrices of all steps, applied to the prior."""
+        if self.config.guidance != 1.0:
+            raise UnsupportedError("a guided sampler needs labels, which an enumeration has not; count samples instead")
         if denoiser.takes_latent:
             raise UnsupportedError("a denoiser with a latent has no transition matrix; average its last steps instead")
         size, length = self.process.num_inputs, length or self.length
@@ -109,7 +118,7 @@ class Ancestral(Sampler):
             # States of no weight are left out: a denoiser need not make sense of them.
             for part in (weights > 0).nonzero().squeeze(-1).split(1024):
                 z = states[part]
-                log_probs = self._shape(denoiser(z, t[part], condition).log_probs())
+                log_probs = self.config.shape(denoiser(z, t[part], condition).log_probs())
                 x_probs = log_probs.double().exp().unflatten(0, z.shape)
                 x_probs = x_probs / x_probs.sum(-1, keepdim=True)
                 transition = _outer(self.process.posterior_probs(x_probs, z, s[part], t[part]))
@@ -117,11 +126,6 @@ class Ancestral(Sampler):
             weights = moved
         clean = (states < self.process.vocab_size).all(-1)
         return weights[clean].cpu()
-
-    def _shape(self, log_probs: Tensor) -> Tensor:
-        config = self.config
-        lowering = math.inf if config.top_p_lowering is None else config.top_p_lowering
-        return shape_log_probs(log_probs, config.temperature, config.top_p, lowering)
 
     def _fix(self, time: float, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """Times ``[batch]``, or per position with fixed ones at 0, and `z` with the fixed tokens put in."""

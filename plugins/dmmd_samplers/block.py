@@ -56,6 +56,10 @@ class Block(Sampler):
         """See `Component.requires`."""
         return [Requirement("backbone", "blocks", "to predict one block given those before it")]
 
+    def prepared(self, denoiser: Denoiser) -> Denoiser:
+        """See `Sampler.prepared`: the inner sampler's, which encodes what the inner sampler asks for."""
+        return self.inner.prepared(denoiser)
+
     @torch.no_grad()
     def sample(
         self,
@@ -71,6 +75,7 @@ class Block(Sampler):
 
         Every block is told of the fixed tokens in it and before it, and of none behind it.
         """
+        denoiser = self.prepared(denoiser)
         size, length = self._block_size(denoiser), length or self.length
         condition = condition or Condition()
         finished: list[Tensor] = []

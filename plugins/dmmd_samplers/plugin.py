@@ -10,6 +10,8 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     """Register the components of this package."""
     from dmmd_samplers.ancestral import Ancestral
     from dmmd_samplers.block import Block
+    from dmmd_samplers.confidence import Confidence
 
     registry.add("sampler", "ancestral", Ancestral)
     registry.add("sampler", "block", Block)
+    registry.add("sampler", "confidence", Confidence)

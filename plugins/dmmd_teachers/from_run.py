@@ -15,6 +15,7 @@ from dmmd_core import (
     Teacher,
     load_model_weights,
     option,
+    saved_capabilities,
 )
 
 
@@ -29,6 +30,7 @@ class FromRun(Teacher):
         """Parameters."""
 
         path: str = option(help="a run directory or a teacher folder")
+        unlabelled: bool = option(False, help="it was trained with label dropout, so that it can be guided")
 
     def __init__(self, config: FromRun.Config, *, process: Process, backbone: Backbone, codec: Codec) -> None:
         self.config = config
@@ -39,15 +41,19 @@ class FromRun(Teacher):
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
         """See `Component.provides`."""
-        return frozenset({"weights"})
+        return frozenset({"weights", "unlabelled"} if config.unlabelled else {"weights"})
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Refuse a path that is not there before anything is built."""
+        """Refuse a path that is not there, or a teacher without the label dropout that is claimed for it."""
         from pathlib import Path
 
         if not Path(config.path).is_dir():
             raise FieldError("path", f"there is no directory {config.path!r}; give a run directory or a teacher folder")
+        saved = saved_capabilities(config.path, "teacher")
+        if config.unlabelled and saved is not None and "unlabelled" not in saved:
+            message = f"the teacher of {config.path!r} was trained without label dropout and cannot be guided"
+            raise FieldError("unlabelled", message)
 
     def denoiser(self) -> Denoiser:
         """See `Teacher.denoiser`."""
