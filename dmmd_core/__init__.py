@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmmd_core.blocks import times_per_position, times_per_sample, training_condition
     from dmmd_core.draws import Draws, categorical_from_uniform
     from dmmd_core.errors import (
         CheckpointError,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from dmmd_core.shaping import ShapedDenoiser, shape_log_probs
 
 _HOMES = {
+    "dmmd_core.blocks": "times_per_position times_per_sample training_condition",
     "dmmd_core.draws": "Draws categorical_from_uniform",
     "dmmd_core.errors": "CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
     "UnsupportedError",
@@ -155,6 +157,9 @@ __all__ = [
     "shape_log_probs",
     "slot",
     "sum_over_rows",
+    "times_per_position",
+    "times_per_sample",
+    "training_condition",
 ]
 
 

@@ -46,7 +46,7 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
         prog="dmmd-sample", description="Draw samples from a trained student or teacher.", epilog=EXIT_CODES
     )
     parser.add_argument("path", help="a run directory, or its student or teacher folder")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: what the student was trained for)")
+    parser.add_argument("--steps", type=int, help="sampling steps; with blocks, for each (default: as trained for)")
     parser.add_argument("--num", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--model", choices=("student", "teacher"), default="student", help="which model")
     parser.add_argument("--label", type=int, help="class label, for models with classes")
@@ -55,6 +55,7 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--template", metavar="FILE", help="tokens to keep: .npy of [length] or [num, length], -1 where to fill in"
     )
+    parser.add_argument("--length", type=int, help="tokens per sample, for models with blocks (default: as trained)")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of every prediction (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of every prediction (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
@@ -157,6 +158,7 @@ def _sample(options: argparse.Namespace) -> None:
             seed=options.seed,
             label=options.label,
             template=_template(options, model),
+            length=options.length,
             temperature=options.temperature,
             top_p=options.top_p,
         )
@@ -172,7 +174,7 @@ def _template(options: argparse.Namespace, model: SavedModel) -> Tensor | None:
     if options.template and (options.prompt or options.suffix):
         raise ValueError("--template and --prompt or --suffix exclude each other")
     if options.prompt or options.suffix:
-        return model.text_template(options.prompt, options.suffix)
+        return model.text_template(options.prompt, options.suffix, length=options.length)
     if not options.template:
         return None
     import numpy as np

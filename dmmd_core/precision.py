@@ -63,14 +63,17 @@ class AutocastSampler(Sampler):
         num_steps: int,
         condition: Condition | None = None,
         last_step: bool = False,
+        length: int | None = None,
     ) -> Samples:
         """See `Sampler.sample`."""
         with autocast(self.device, self.dtype):
             return self.inner.sample(
-                denoiser, draws, num_steps=num_steps, condition=condition, last_step=last_step
+                denoiser, draws, num_steps=num_steps, condition=condition, last_step=last_step, length=length
             )
 
-    def distribution(self, denoiser: Denoiser, *, num_steps: int) -> Tensor:
+    def distribution(
+        self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None
+    ) -> Tensor:
         """See `Sampler.distribution`."""
         with autocast(self.device, self.dtype):
-            return self.inner.distribution(denoiser, num_steps=num_steps)
+            return self.inner.distribution(denoiser, num_steps=num_steps, context=context, length=length)

@@ -167,35 +167,33 @@ def _required(wanted: Slot, kind: str, key: str, registry: Registry, problems: P
 
 
 def _check_roles(plan: Plan, problems: Problems) -> None:
-    """Check every declared requirement against what the part in that role provides."""
+    """Check every declared requirement against what all parts in that role provide."""
     teacher = plan.teacher_load.provides() | {"loaded"} if plan.teacher_load else frozenset({"weights"})
-    roles = {
-        "data": plan.data.provides(),
-        "process": plan.process.provides(),
-        "backbone": plan.backbone.provides(),
-        "generator": plan.generator.provides(),
-        "sampler": plan.sampler.provides(),
-        "teacher": teacher,
+    if "weights" in teacher:
+        teacher |= plan.backbone.provides()  # it is a network on the recipe's backbone
+    teacher_name = plan.teacher_load.entry.name if plan.teacher_load else "trained in the run"
+    parts: dict[str, list[Part | None]] = {
+        "data": [plan.data],
+        "process": [plan.process],
+        "backbone": [plan.backbone],
+        "generator": [plan.generator],
+        "sampler": [plan.sampler, plan.teacher_sampler],
+        "objective": [plan.objective, plan.teacher_objective, plan.initialize_objective],
     }
-    names = {
-        "data": plan.recipe.data.name,
-        "process": plan.recipe.process.name,
-        "backbone": plan.recipe.backbone.name,
-        "generator": plan.recipe.generator.name,
-        "sampler": plan.recipe.sampler.name,
-        "teacher": plan.teacher_load.entry.name if plan.teacher_load else "trained in the run",
-    }
+    roles = {role: [(part.entry.name, part.provides()) for part in found if part] for role, found in parts.items()}
+    roles["teacher"] = [(teacher_name, teacher)]
     for part in plan.parts():
         for need in part.cls.requires(part.config):
-            if need.capability not in roles.get(need.role, frozenset()):
-                _refuse(part, need, names.get(need.role, "nothing"), problems)
+            for name, provided in roles.get(need.role, [("nothing", frozenset())]):
+                if need.capability not in provided:
+                    _refuse(part, need, name, problems)
     _check_duty(plan.teacher_objective, "trains_teacher", "train a teacher from data", problems)
     _check_duty(plan.initialize_objective, "initializes", "learn from a loaded teacher's outputs", problems)
     _check_duty(plan.objective, "distills", "distil", problems)
     if "weights" not in teacher and plan.initialize_objective is None:
         problems.add(
             "distill",
-            f"the teacher {names['teacher']!r} has no weights to start from; give distill.initialize, a training of "
+            f"the teacher {teacher_name!r} has no weights to start from; give distill.initialize, a training of "
             "the networks on its outputs",
         )
     if "weights" in teacher and plan.initialize_objective is not None:

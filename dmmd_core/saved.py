@@ -105,6 +105,7 @@ class SavedModel:
         trained_num_steps: Number of steps the student was trained for; None for a teacher.
         conditional: Whether it takes class labels.
         name: Name of the recipe.
+        any_length: Whether it can draw more tokens than it was trained on, block after block.
     """
 
     role: str
@@ -116,6 +117,7 @@ class SavedModel:
     trained_num_steps: int | None
     conditional: bool
     name: str
+    any_length: bool = False
 
     def sample(
         self,
@@ -125,6 +127,7 @@ class SavedModel:
         seed: int = 0,
         label: int | None = None,
         template: Tensor | None = None,
+        length: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         batch_size: int = 256,
@@ -133,11 +136,14 @@ class SavedModel:
 
         Args:
             num: How many.
-            steps: Sampling steps; by default what the student was trained for.
+            steps: Sampling steps, for each block where the model has blocks; by default what the student was trained
+                for.
             seed: Seed of all noise.
             label: Class label for all of them; None draws labels uniformly where the model takes them.
             template: Given tokens, int64 ``[length]`` or ``[num, length]``, with `FREE` where the model fills in
-                (`text_template` makes one of a prompt). The given tokens stay as they are.
+                (`text_template` makes one of a prompt). The given tokens stay as they are; a model with blocks looks at
+                those before and within a block, never at those behind it.
+            length: Tokens per sample, where the model has blocks; by default as many as in its training.
             temperature: Divides the log-probabilities of every prediction.
             top_p: Mass of the nucleus; tokens outside it are never drawn.
             batch_size: Samples per network call.
@@ -146,8 +152,8 @@ class SavedModel:
             Tokens, int64 ``[num, length]``, on the CPU; `codec` decodes them.
 
         Raises:
-            ValueError: A label for a model without classes, one out of range, no number of steps, or a template of
-                another shape or with tokens that the model does not have.
+            ValueError: A label for a model without classes, one out of range, no number of steps, a length that the
+                model cannot draw, or a template of another shape or with tokens that the model does not have.
         """
         steps = steps or self.trained_num_steps
         if not steps or steps < 1 or num < 1:
@@ -158,8 +164,9 @@ class SavedModel:
             raise ValueError(f"the label must be in 0..{(self.spec.num_classes or 0) - 1}, got {label}")
         if temperature <= 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}")
+        length = self.checked_length(length)
         if template is not None:
-            template = self._checked_template(template, num)
+            template = self._checked_template(template, num, length)
         denoiser = self.denoiser
         if temperature != 1.0 or top_p != 1.0:
             denoiser = ShapedDenoiser(denoiser, temperature=temperature, top_p=top_p, lowering=math.inf)
@@ -171,29 +178,52 @@ class SavedModel:
             if template is not None:
                 given = template[start : start + draws.batch].to(device)
                 condition = dataclasses.replace(condition, fixed=given != FREE, values=given.clamp_min(0))
-            parts.append(self.sampler.sample(denoiser, draws, num_steps=steps, condition=condition).tokens.cpu())
+            samples = self.sampler.sample(denoiser, draws, num_steps=steps, condition=condition, length=length)
+            parts.append(samples.tokens.cpu())
         return torch.cat(parts)
 
-    def text_template(self, prompt: str = "", suffix: str = "") -> Tensor:
+    def checked_length(self, length: int | None) -> int:
+        """Number of tokens to draw: `length`, or that of the training where it is None.
+
+        Raises:
+            ValueError: The model cannot draw so many.
+        """
+        trained = self.spec.length
+        if length is None or length == trained:
+            return trained
+        if length < 1:
+            raise ValueError(f"the length must be at least 1, got {length}")
+        if self.denoiser.block_size is None or self.spec.grid is not None:
+            what = "draws whole sequences" if self.spec.grid is None else "draws whole grids"
+            raise ValueError(f"{self.name!r} {what} of {trained} tokens, got length {length}; leave the length out")
+        if length > trained and not self.any_length:
+            raise ValueError(
+                f"{self.name!r} knows positions up to {trained}, got length {length}; ask for fewer tokens, or train "
+                "a model without learned positions"
+            )
+        return length
+
+    def text_template(self, prompt: str = "", suffix: str = "", *, length: int | None = None) -> Tensor:
         """Template that begins with a prompt and ends with a suffix, int64 ``[length]``.
 
         Raises:
-            ValueError: The model does not speak text, or prompt and suffix leave nothing to fill in.
+            ValueError: The model does not speak text, cannot draw that length, or prompt and suffix leave nothing to
+                fill in.
         """
+        length = self.checked_length(length)
         if not isinstance(self.codec, TextCodec):
             raise ValueError(f"{self.name!r} does not speak text; give a template of tokens instead of a prompt")
         first, last = (self.codec.encode_text(text) for text in (prompt, suffix))
-        free = self.spec.length - len(first) - len(last)
+        free = length - len(first) - len(last)
         if free < 1:
             raise ValueError(
-                f"prompt and suffix have {len(first) + len(last)} tokens and leave nothing of {self.spec.length} "
-                "to fill in"
+                f"prompt and suffix have {len(first) + len(last)} tokens and leave nothing of {length} to fill in"
             )
         tokens = [*map(int, first), *[FREE] * free, *map(int, last)]
         return torch.tensor(tokens, dtype=torch.int64)
 
-    def _checked_template(self, template: Tensor, num: int) -> Tensor:
-        length, vocab_size = self.spec.length, self.spec.vocab_size
+    def _checked_template(self, template: Tensor, num: int, length: int) -> Tensor:
+        vocab_size = self.spec.vocab_size
         if template.is_floating_point() or tuple(template.shape) not in ((length,), (num, length)):
             raise ValueError(
                 f"the template must be whole numbers of shape [{length}] or [{num}, {length}], got {template.dtype} of "
@@ -318,4 +348,5 @@ def _load(folder: Path, role: Role, device: str | torch.device, registry: Regist
         trained_num_steps=config.get("trained_num_steps"),
         conditional="labels" in plan.backbone.provides(),
         name=plan.recipe.name,
+        any_length="any_length" in plan.backbone.provides(),
     )

@@ -63,6 +63,7 @@ class ShapedDenoiser(Denoiser):
     ) -> None:
         super().__init__()
         self.inner = inner
+        self.block_size = inner.block_size
         self._settings = (temperature, top_p, lowering)
 
     def forward(
@@ -71,9 +72,13 @@ class ShapedDenoiser(Denoiser):
         """See `Denoiser.forward`."""
         return ShapedPrediction(self.inner(z_t, t, condition, latent), *self._settings)
 
-    def draw_latent(self, draws: Draws) -> Tensor | None:
+    def encode(self, tokens: Tensor, condition: Condition | None = None) -> object:
+        """See `Denoiser.encode`."""
+        return self.inner.encode(tokens, condition)
+
+    def draw_latent(self, draws: Draws, length: int | None = None) -> Tensor | None:
         """See `Denoiser.draw_latent`."""
-        return self.inner.draw_latent(draws)
+        return self.inner.draw_latent(draws, length)
 
     @property
     def takes_latent(self) -> bool:

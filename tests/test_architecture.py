@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "draws": set(),
     "interfaces": BASE,
     "offers": set(),
+    "blocks": BASE,
     "hookspecs": set(),
     "hub": set(),
     "loss": BASE,

@@ -22,8 +22,8 @@ TRAINED = {"objective": {"name": "denoising"}, "train": TRAIN}
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "data": {
         "tied_coins": {"name": "tied_coins"},
-        "markov_chain": {"name": "markov_chain", "params": {"letters": 3, "length": 3}},
-        "mixture": {"name": "mixture"},
+        "markov_chain": {"name": "markov_chain", "params": {"letters": 3, "length": 4}},
+        "mixture": {"name": "mixture", "params": {"length": 4}},
         "text": {"name": "text", "params": {"length": 6, "tokenizer": {"name": "byte"}}},
         "digits_vq": {"name": "digits", "params": {"codec": {"name": "kmeans_patches", "params": {"codes": 8}}}},
         "digits_pixels": {"name": "digits", "params": {"codec": {"name": "pixels"}}},
@@ -47,6 +47,10 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "transformer_classes": {
             "name": "transformer",
             "params": {"width": 8, "depth": 1, "heads": 1, "class_conditional": True},
+        },
+        "transformer_blocks": {
+            "name": "transformer",
+            "params": {"width": 8, "depth": 1, "heads": 1, "block_size": 2, "convolutions": 1},
         },
     },
     "generator": {
@@ -77,6 +81,7 @@ def _refused(choice: dict[str, str]) -> bool:
         (choice["teacher"] == "exact" and (digits or choice["data"] == "text"))  # too many sequences to sum over
         or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not digits)  # no grid, no labels
         or (choice["generator"] == "pyramid" and not digits)  # no grid
+        or (choice["generator"] == "pyramid" and choice["backbone"] == "transformer_blocks")  # spans the whole grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
     )
 
@@ -108,6 +113,7 @@ def test_every_pair_of_components_runs_or_is_refused(
     exact = choice["teacher"] == "exact"
     sections["teacher"] = {"load": {"name": "exact"}} if exact else TRAINED
     sections["distill"] = {"num_steps": 2, **TRAIN, **({"initialize": INITIALIZE} if exact else {})}
+    sections["sampler"] = {"name": "block" if choice["backbone"] == "transformer_blocks" else "ancestral"}
     sections["evaluate"] = {"teacher_steps": [1], "student_steps": [2], "num_samples": 4, "metrics": []}
     recipe = recipe_from_plain(tiny_recipe(tmp_path, **sections), "recipe")
     if _refused(choice):

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from dmmd_core.errors import UnsupportedError
 from dmmd_core.interfaces.component import Component
 from dmmd_core.interfaces.denoiser import Condition
 
@@ -16,16 +17,23 @@ class Backbone(nn.Module, Component, ABC):
 
     Attributes:
         embedding_width: Width of the input embeddings, to which a generator may add its projected noise.
+        block_size: Tokens per block, for backbones with capability ``blocks``; None for those that take whole
+            sequences.
     """
 
     kind: ClassVar[str] = "backbone"
     embedding_width: int
+    block_size: int | None = None
 
     @abstractmethod
     def features(
         self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
     ) -> Tensor:
         """Compute features.
+
+        With a `block_size` these are the features of the one block that follows ``condition.context`` or, where
+        ``condition.clean`` holds the clean tokens of the whole sequence, those of all blocks at once, each given the
+        clean blocks before it and nothing else.
 
         Args:
             z_t: Input ids, int64 ``[batch, length]``, below the process's ``num_inputs``.
@@ -40,6 +48,10 @@ class Backbone(nn.Module, Component, ABC):
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
         """Map feature rows ``[rows, width]`` to logits over clean tokens ``[rows, vocab]``."""
+
+    def encode(self, tokens: Tensor, condition: Condition) -> object:
+        """Encode finished blocks; arguments, result and errors as for `Denoiser.encode`."""
+        raise UnsupportedError(f"{type(self).__name__} takes whole sequences and encodes no blocks")
 
     def description(self) -> dict[str, str]:
         """Choices made at construction that a log should tell, such as the attention kernel."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmmd_core.draws import Draws
+from dmmd_core.errors import UnsupportedError
 from dmmd_core.interfaces.process import Process, per_position
 
 if TYPE_CHECKING:
@@ -28,13 +29,17 @@ class Condition:
         label: Class labels, int64 ``[batch]``; the value ``num_classes`` means "no label".
         fixed: Positions whose token is given, bool ``[batch, length]``; they stay at t = 0.
         values: The given tokens, int64 ``[batch, length]``, read where `fixed`.
-        context: Whatever a backbone made of finished blocks (its own type).
+        context: What `Denoiser.encode` made of the finished blocks (its own type); None before the first block. That of
+            a single sample serves a whole batch.
+        clean: Clean tokens of the whole sequence, int64 ``[batch, length]``: in training all blocks are predicted at
+            once, each given the clean blocks before it. Excludes `context`.
     """
 
     label: Tensor | None = None
     fixed: Tensor | None = None
     values: Tensor | None = None
     context: object | None = None
+    clean: Tensor | None = None
 
 
 def network_times(t: Tensor, condition: Condition) -> Tensor:
@@ -120,7 +125,14 @@ class NetworkPrediction(Prediction):
 
 
 class Denoiser(nn.Module, ABC):
-    """Maps noisy tokens to a factorised prediction of the clean ones."""
+    """Maps noisy tokens to a factorised prediction of the clean ones.
+
+    Attributes:
+        block_size: Tokens per block, for denoisers that predict one block given those before it (`encode`); None for
+            those that take whole sequences.
+    """
+
+    block_size: int | None = None
 
     @abstractmethod
     def forward(
@@ -129,14 +141,35 @@ class Denoiser(nn.Module, ABC):
         """Predict E[x | z_t].
 
         Args:
-            z_t: Noisy tokens, int64 ``[batch, length]``.
+            z_t: Noisy tokens, int64 ``[batch, length]``: the whole sequence or, with a `block_size` and without
+                ``condition.clean``, the block that follows ``condition.context``.
             t: Times, ``[batch]`` or ``[batch, length]``; 0 at fixed positions.
             condition: Labels, fixed positions, context.
             latent: Input noise from `draw_latent`; None for denoisers that take none.
         """
 
-    def draw_latent(self, draws: Draws) -> Tensor | None:
-        """Draw the input noise for one call, ``[batch, ...]``; None where there is none."""
+    def encode(self, tokens: Tensor, condition: Condition | None = None) -> object:
+        """Turn finished blocks into the context of the next one.
+
+        Args:
+            tokens: Clean tokens of one or more whole blocks, int64 ``[batch, tokens]``.
+            condition: Labels, and the context of the blocks before, if any.
+
+        Returns:
+            The context of all blocks up to here, for `Condition.context`.
+
+        Raises:
+            UnsupportedError: This denoiser has no `block_size`.
+        """
+        raise UnsupportedError(f"{type(self).__name__} takes whole sequences and encodes no blocks")
+
+    def draw_latent(self, draws: Draws, length: int | None = None) -> Tensor | None:
+        """Draw the input noise for one call, ``[batch, ...]``; None where there is none.
+
+        Args:
+            draws: One sample per index.
+            length: Positions that the call will have; by default those of a whole sequence.
+        """
         return None
 
     @property
@@ -157,6 +190,11 @@ class NetworkDenoiser(Denoiser):
         super().__init__()
         self.backbone = backbone
         self.process = process
+        self.block_size = backbone.block_size
+
+    def encode(self, tokens: Tensor, condition: Condition | None = None) -> object:
+        """See `Denoiser.encode`."""
+        return self.backbone.encode(tokens, condition or Condition())
 
     def forward(
         self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None

@@ -17,7 +17,8 @@ class Generator(Denoiser, Component, ABC):
     """A few-step generator around a backbone.
 
     The distribution over whole sequences stays factorised given the latent; correlation between positions comes
-    from the latent, drawn apart from the forward call (`draw_latent`).
+    from the latent, drawn apart from the forward call (`draw_latent`). Capability ``blocks`` if a latent can be drawn
+    for a single block.
 
     Args:
         backbone: The network, which starts from the teacher's weights.
@@ -30,6 +31,11 @@ class Generator(Denoiser, Component, ABC):
         super().__init__()
         self.backbone = backbone
         self.process = process
+        self.block_size = backbone.block_size
+
+    def encode(self, tokens: Tensor, condition: Condition | None = None) -> object:
+        """See `Denoiser.encode`; finished blocks get no input noise."""
+        return self.backbone.encode(tokens, condition or Condition())
 
     def input_noise(self, latent: Tensor) -> Tensor:
         """Project a latent to ``[batch, length, embedding_width]``, added to the input embeddings."""

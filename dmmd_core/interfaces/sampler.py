@@ -29,7 +29,11 @@ class Samples:
 
 
 class Sampler(Component, ABC):
-    """Draws clean tokens from a denoiser; capability ``last_step`` if it can return `last_log_probs`."""
+    """Draws clean tokens from a denoiser.
+
+    Capability ``last_step`` if it can return `last_log_probs`, ``distribution`` if it can enumerate, ``blocks`` if it
+    goes from block to block of a denoiser that has a `Denoiser.block_size`.
+    """
 
     kind: ClassVar[str] = "sampler"
 
@@ -42,22 +46,32 @@ class Sampler(Component, ABC):
         num_steps: int,
         condition: Condition | None = None,
         last_step: bool = False,
+        length: int | None = None,
     ) -> Samples:
         """Draw one batch.
 
         Args:
             denoiser: Teacher or student, on the device of `draws`.
             draws: One sample per index; its `step` is replaced by the sampler's own.
-            num_steps: Number of network calls, at least 1.
-            condition: Labels and fixed positions.
+            num_steps: Number of network calls, at least 1; with blocks, for each of them.
+            condition: Labels, fixed positions, and the context of a block.
             last_step: Also return the last step's log-probabilities.
+            length: Tokens to draw; by default those of the data.
         """
 
-    def distribution(self, denoiser: Denoiser, *, num_steps: int) -> Tensor:
+    def distribution(
+        self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None
+    ) -> Tensor:
         """Exact distribution of the result over all sequences, float64 ``[vocab ** length]``.
 
         Only for denoisers without latent in worlds small enough to enumerate; sequences are numbered with the
         first position as the most significant digit.
+
+        Args:
+            denoiser: Teacher or student.
+            num_steps: As for `sample`.
+            context: Context of a block, of one sample.
+            length: As for `sample`.
 
         Raises:
             UnsupportedError: This sampler cannot enumerate.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -11,21 +10,31 @@ from torch import Tensor
 from dmmd_core import FieldError, RunError
 
 Kernel = Literal["auto", "sdpa", "xformers"]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+class Attention(Protocol):
+    """Maps queries ``[batch, length, heads, head_width]`` and as many keys and values as there are to the same shape.
+
+    The mask, bool ``[length, keys]`` or None, says which keys a query may look at.
+    """
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend."""
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attend with `torch.nn.functional.scaled_dot_product_attention`; ``[batch, length, heads, head_width]``."""
     mixed = torch.nn.functional.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
     )
     return mixed.transpose(1, 2)
 
 
-def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend with `xformers.ops.memory_efficient_attention`; ``[batch, length, heads, head_width]``."""
+def xformers_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend with `xformers.ops.memory_efficient_attention`; ``[batch, length, heads, head_width]``, without a mask."""
     from xformers.ops import memory_efficient_attention
 
+    assert mask is None  # blocks, which need one, are refused where the recipe is read
     if not query.is_cuda:
         raise RunError("attention xformers has no CPU kernel; set attention to sdpa or auto, or run on a CUDA device")
     return memory_efficient_attention(query, key, value)
@@ -40,13 +49,14 @@ def xformers_problem() -> str | None:
     return None
 
 
-def choose_attention(kernel: Kernel) -> tuple[str, Attention]:
+def choose_attention(kernel: Kernel, *, masked: bool = False) -> tuple[str, Attention]:
     """Pick the kernel once, at construction.
 
-    ``auto`` takes xformers where a CUDA device is present and xformers imports, SDPA otherwise.
+    ``auto`` takes xformers where a CUDA device is present and xformers imports, SDPA otherwise and for masks.
 
     Args:
         kernel: What the recipe asks for.
+        masked: Whether it will be called with a mask.
 
     Returns:
         The kernel's name, for the log, and the function.
@@ -59,6 +69,6 @@ def choose_attention(kernel: Kernel) -> tuple[str, Attention]:
         if problem:
             raise FieldError("attention", problem)
         return "xformers", xformers_attention
-    if kernel == "auto" and torch.cuda.is_available() and xformers_problem() is None:
+    if kernel == "auto" and not masked and torch.cuda.is_available() and xformers_problem() is None:
         return "xformers", xformers_attention
     return "sdpa", sdpa_attention

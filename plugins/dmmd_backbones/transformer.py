@@ -1,11 +1,13 @@
 """Diffusion transformer: attention with rotary or learned positions, adaptive norms on time and class.
 
-After DiT (Peebles and Xie, arXiv:2212.09748): every block's scale, shift and gate come from the time and class
-embedding, and start at zero.
+After DiT (Peebles and Xie, arXiv:2212.09748): every layer's scale, shift and gate come from the time and class
+embedding, and start at zero. With a `block_size` it is block-autoregressive (Arriola et al., arXiv:2503.09573): the
+same weights encode finished blocks, as tokens at t = 0, and denoise the block that follows them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +18,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dmmd_backbones.attention import choose_attention
+from dmmd_backbones.context import Context, block_mask
 from dmmd_backbones.embeddings import TimeEmbedding
-from dmmd_core import Backbone, Condition, FieldError, Requirement, option
+from dmmd_core import Backbone, Condition, FieldError, Requirement, UnsupportedError, option
 
 
 def rotary_angles(grid: Sequence[int], head_width: int, base: float = 10_000.0) -> Tensor:
@@ -53,7 +56,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.kernel, self.attend = choose_attention(config.attention)
+        self.kernel, self.attend = choose_attention(config.attention, masked=config.block_size is not None)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
         self.to_qkv = nn.Linear(width, 3 * width)
@@ -68,8 +71,26 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, conditioning: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Map ``[batch, length, width]`` to the same, given conditioning ``[batch, 1 or length, width]``."""
+    def forward(
+        self,
+        x: Tensor,
+        conditioning: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Map ``[batch, length, width]`` to the same.
+
+        Args:
+            x: Residual stream.
+            conditioning: ``[batch, 1 or length, width]``.
+            rotary: Cosines and sines of the positions, or None.
+            past: Keys and values of finished blocks, or None.
+            mask: See `Attention`.
+
+        Returns:
+            The new residual stream, and all keys and values, past ones first.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).chunk(6, dim=-1)
         qkv = self.to_qkv(self.norm1(x) * (1 + scale1) + shift1)
         query, key, value = rearrange(
@@ -77,16 +98,19 @@ class Block(nn.Module):
         )
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        mixed = rearrange(self.attend(query, key, value), "batch length heads width -> batch length (heads width)")
-        x = x + gate1 * self.to_out(mixed)
-        return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
+        if past is not None:
+            key, value = torch.cat((past[0], key), dim=1), torch.cat((past[1], value), dim=1)
+        mixed = self.attend(query, key, value, mask)
+        x = x + gate1 * self.to_out(rearrange(mixed, "batch length heads width -> batch length (heads width)"))
+        return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2), (key, value)
 
 
 class ShortConvolution(nn.Module):
     """Residual depthwise convolution over three neighbours along every axis; starts as the identity.
 
     Args:
-        axes: Extents of the axes that the positions lie on, one or two.
+        axes: Extents of the axes that the positions lie on, one or two; longer sequences are so many pieces of that
+            size, each by itself.
         width: Channels.
     """
 
@@ -101,8 +125,9 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, length, width]`` to the same."""
-        channels_first = x.transpose(1, 2).unflatten(-1, self.axes)
-        mixed = self.mix(channels_first).flatten(2).transpose(1, 2)
+        pieces = rearrange(x, "batch (pieces size) width -> (batch pieces) width size", size=math.prod(self.axes))
+        mixed = self.mix(pieces.unflatten(-1, self.axes)).flatten(2)
+        mixed = rearrange(mixed, "(batch pieces) width size -> batch (pieces size) width", batch=x.shape[0])
         return x + self.out(nn.functional.gelu(mixed))
 
 
@@ -123,6 +148,11 @@ class Transformer(Backbone):
         convolutions: int = option(
             0, help="short depthwise convolutions (three positions) on the embeddings", minimum=0
         )
+        block_size: int | None = option(
+            None,
+            help="tokens per block: diffusion within a block, given the blocks before it; null for whole sequences",
+            minimum=1,
+        )
         class_conditional: bool = option(False, help="condition on the data's class labels")
         dropout: float = option(0.0, help="dropout in the feed-forward layers", minimum=0, below=1)
 
@@ -130,6 +160,10 @@ class Transformer(Backbone):
             """Check sizes against each other."""
             if self.width % self.heads:
                 raise FieldError("heads", f"must divide width {self.width}, got {self.heads}")
+            if self.block_size is not None and self.layout == "grid":
+                raise FieldError("layout", "must be line with block_size, got grid: blocks follow each other on a line")
+            if self.block_size is not None and self.attention == "xformers":
+                raise FieldError("attention", "must be auto or sdpa with block_size, got xformers: blocks need a mask")
 
     def __init__(
         self,
@@ -144,6 +178,9 @@ class Transformer(Backbone):
         super().__init__()
         self.config = config
         self.embedding_width = config.width
+        self.block_size = config.block_size
+        if config.block_size is not None and length % config.block_size:
+            raise FieldError("block_size", f"must divide the data's length {length}, got {config.block_size}")
         if config.convolutions and config.layout == "grid" and grid is not None and len(grid) > 2:
             raise FieldError("convolutions", f"works over one or two axes, the data's grid has {len(grid)}")
         axes = grid if config.layout == "grid" and grid is not None else (length,)
@@ -168,7 +205,8 @@ class Transformer(Backbone):
             scale = 1 / math.sqrt(len(axes))
             self.axes = nn.ParameterList(nn.Parameter(scale * torch.randn(extent, config.width)) for extent in axes)
         self.convolutions = nn.ModuleList(
-            ShortConvolution(axes, config.width) for _ in range(config.convolutions)
+            ShortConvolution((config.block_size,) if config.block_size else axes, config.width)
+            for _ in range(config.convolutions)
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
@@ -182,7 +220,12 @@ class Transformer(Backbone):
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
         """See `Component.provides`."""
-        return frozenset({"input_noise", "labels"} if config.class_conditional else {"input_noise"})
+        found = {"input_noise"}
+        if config.class_conditional:
+            found.add("labels")
+        if config.block_size is not None:
+            found |= {"blocks", "any_length"} if config.positions == "rotary" else {"blocks"}
+        return frozenset(found)
 
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
@@ -192,54 +235,126 @@ class Transformer(Backbone):
             needs.append(Requirement("data", "labels", "to condition on classes", "class_conditional"))
         if config.layout == "grid":
             needs.append(Requirement("data", "grid", "to place positions on a grid", "layout"))
+        if config.block_size is not None:
+            for role, reason in {
+                "sampler": "to draw block by block",
+                "generator": "to have input noise for a block",
+                "objective": "to train on all blocks at once",
+                "teacher": "to predict one block given those before it",
+            }.items():
+                needs.append(Requirement(role, "blocks", reason, "block_size"))
         return needs
 
     @classmethod
     def smoke(cls, config: Any) -> Any:
-        """See `Component.smoke`."""
+        """See `Component.smoke`; blocks get so short that they divide shortened sequences and are several."""
+        block_size = config.block_size and math.gcd(config.block_size, 8)
         head_width = min(config.width // config.heads, 16)
         heads = min(config.heads, 2)
         return type(config)(
-            **{**vars(config), "width": head_width * heads, "heads": heads, "depth": min(config.depth, 2)}
+            **{
+                **vars(config),
+                "width": head_width * heads,
+                "heads": heads,
+                "depth": min(config.depth, 2),
+                "block_size": block_size,
+            }
         )
 
     def description(self) -> dict[str, str]:
         """See `Backbone.description`."""
-        return {"attention": self.blocks[0].kernel}
+        told = {"attention": self.blocks[0].kernel}
+        return told if self.block_size is None else {**told, "block_size": str(self.block_size)}
 
     def features(
         self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
     ) -> Tensor:
         """See `Backbone.features`."""
-        x = self.tokens(z_t) * math.sqrt(self.config.width)
+        length, size = z_t.shape[1], self.block_size
+        if condition.clean is not None:
+            if condition.context is not None:
+                raise ValueError("condition.clean holds the whole sequence; leave condition.context out beside it")
+            context = self.encode(condition.clean, dataclasses.replace(condition, clean=None))
+            mask = block_mask(0, length, context.num_tokens, size or 1, clean=False, device=z_t.device)
+            x, conditioning = self._run(z_t, t, condition.label, input_noise, 0, context, mask)
+        else:
+            if size not in (None, length):
+                raise ValueError(f"a block has {size} tokens, got {length}; give condition.clean to take all at once")
+            context = condition.context
+            start = 0 if context is None else context.num_tokens
+            x, conditioning = self._run(z_t, t, condition.label, input_noise, start, context, None)
+        shift, scale = self.modulation(conditioning).chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+    def encode(self, tokens: Tensor, condition: Condition) -> Context:
+        """See `Backbone.encode`: keys and values of clean tokens, which are shown to the network at t = 0."""
+        length, size = tokens.shape[1], self.block_size
+        if size is None:
+            raise UnsupportedError("this transformer takes whole sequences; give it a block_size to encode blocks")
+        if length % size:
+            raise ValueError(f"only whole blocks of {size} tokens can be encoded, got {length} tokens")
+        context = condition.context
+        past = 0 if context is None else context.num_tokens
+        mask = None if length == size else block_mask(past, length, past, size, clean=True, device=tokens.device)
+        zero = torch.zeros(tokens.shape[0], device=tokens.device)
+        layers: list[tuple[Tensor, Tensor]] = []
+        self._run(tokens, zero, condition.label, None, past, context, mask, keep=layers)
+        return Context(tuple(layers))
+
+    def _run(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        label: Tensor | None,
+        input_noise: Tensor | None,
+        start: int,
+        context: Context | None,
+        mask: Tensor | None,
+        keep: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layers over tokens from position `start` on.
+
+        Returns:
+            The residual stream and its conditioning; into `keep` go keys and values of every layer, past ones first.
+        """
+        x = self.tokens(tokens) * math.sqrt(self.config.width)
         if input_noise is not None:
             x = x + input_noise
         conditioning = self.time(t if t.ndim == 2 else t.unsqueeze(1))
         if self.classes is not None:
-            if condition.label is None:
-                label = torch.full(z_t.shape[:1], self.classes.num_embeddings - 1, device=z_t.device)
-            else:
-                label = condition.label
+            if label is None:
+                label = torch.full(tokens.shape[:1], self.classes.num_embeddings - 1, device=tokens.device)
             conditioning = conditioning + self.classes(label).unsqueeze(1)
         conditioning = nn.functional.silu(conditioning)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = (self.cosine, self.sine)
+            rotary = self._rotary(start, start + tokens.shape[1])
         else:
-            x = x + self._learned_positions()
+            x = x + self._learned_positions(start, start + tokens.shape[1])
         for convolution in self.convolutions:
             x = convolution(x)
-        for block in self.blocks:
-            x = block(x, conditioning, rotary)
-        shift, scale = self.modulation(conditioning).chunk(2, dim=-1)
-        return self.norm(x) * (1 + scale) + shift
+        past = [None] * len(self.blocks) if context is None else context.for_batch(len(tokens)).layers
+        for block, before in zip(self.blocks, past, strict=True):
+            x, keys_values = block(x, conditioning, rotary, before, mask)
+            if keep is not None:
+                keep.append(keys_values)
+        return x, conditioning
 
     def head(self, features: Tensor) -> Tensor:
         """See `Backbone.head`."""
         return self.logits(features)
 
-    def _learned_positions(self) -> Tensor:
+    def _rotary(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions ``start .. end - 1``, which may lie beyond the length of the data."""
+        if end <= len(self.cosine):
+            return self.cosine[start:end], self.sine[start:end]
+        angles = rotary_angles((end,), self.config.width // self.config.heads)[start:].to(self.cosine.device)
+        return angles.cos(), angles.sin()
+
+    def _learned_positions(self, start: int, end: int) -> Tensor:
         total = self.axes[0]
         for axis in list(self.axes)[1:]:
             total = (total.unsqueeze(1) + axis).flatten(0, 1)
-        return total
+        if end > len(total):
+            raise UnsupportedError(f"learned positions end at {len(total)}, got {end}; train with rotary positions")
+        return total[start:end]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dmmd_core import Backbone, Generator, Process
 
 
@@ -11,3 +13,8 @@ class Deterministic(Generator):
     def __init__(self, config: Deterministic.Config, *, backbone: Backbone, process: Process) -> None:
         super().__init__(backbone=backbone, process=process)
         self.config = config
+
+    @classmethod
+    def provides(cls, config: Any) -> frozenset[str]:
+        """See `Component.provides`."""
+        return frozenset({"blocks"})

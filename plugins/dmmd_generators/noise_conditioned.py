@@ -16,8 +16,9 @@ from dmmd_core import Backbone, Draws, Generator, Process, Requirement, option
 class NoiseConditioned(Generator):
     """Input noise of one of three shapes, drawn anew at every step.
 
-    ``sequence``: one Gaussian vector for the whole sequence; ``position``: one per position; ``pyramid``: one per
-    position, the normalised sum of Gaussians at all resolutions of the grid (1, 2, 4, ... cells a side).
+    ``sequence``: one Gaussian vector for the whole sequence, or for each of its blocks; ``position``: one per position;
+    ``pyramid``: one per position, the normalised sum of Gaussians at all resolutions of the grid (1, 2, 4, ... cells a
+    side).
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class NoiseConditioned(Generator):
         nn.init.zeros_(self.project.bias)
 
     @classmethod
+    def provides(cls, config: Any) -> frozenset[str]:
+        """See `Component.provides`; a pyramid spans the whole grid."""
+        return frozenset() if config.latent == "pyramid" else frozenset({"blocks"})
+
+    @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
         """See `Component.requires`."""
         needs = [Requirement("backbone", "input_noise", "to add noise to the input embeddings")]
@@ -60,17 +66,21 @@ class NoiseConditioned(Generator):
         """See `Denoiser.takes_latent`."""
         return True
 
-    def draw_latent(self, draws: Draws) -> Tensor:
+    def draw_latent(self, draws: Draws, length: int | None = None) -> Tensor:
         """See `Denoiser.draw_latent`; ``[batch, 1 or length, width]``, unit variance."""
-        if self.config.latent == "sequence":
-            return draws.normal("latent", (1, self.config.width))
+        length, width = length or self.length, self.config.width
+        if self.config.latent == "pyramid":
+            return self._pyramid(draws)
         if self.config.latent == "position":
-            return draws.normal("latent", (self.length, self.config.width))
-        return self._pyramid(draws)
+            return draws.normal("latent", (length, width))
+        if self.block_size is None:
+            return draws.normal("latent", (1, width))
+        return draws.normal("latent", (length // self.block_size, width)).repeat_interleave(self.block_size, dim=1)
 
     def input_noise(self, latent: Tensor) -> Tensor:
         """See `Generator.input_noise`."""
-        return self.project(latent.to(self.project.weight.dtype)).expand(-1, self.length, -1)
+        noise = self.project(latent.to(self.project.weight.dtype))
+        return noise if self.block_size is not None else noise.expand(-1, self.length, -1)
 
     def _pyramid(self, draws: Draws) -> Tensor:
         assert self.grid is not None  # refused by `requires`

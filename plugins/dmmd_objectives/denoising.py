@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dmmd_core import (
     Batch,
-    Condition,
     Denoiser,
     Draws,
     Losses,
@@ -23,11 +22,14 @@ from dmmd_core import (
     option,
     rows_with_loss,
     sum_over_rows,
+    times_per_position,
+    times_per_sample,
+    training_condition,
 )
 
 
 class Denoising(Objective):
-    """``min E_t[ L_t(target, x_hat(z_t)) ]``, t uniform in (0, 1)."""
+    """``min E_t[ L_t(target, x_hat(z_t)) ]``, t uniform in (0, 1); with blocks, each has a t of its own."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -49,7 +51,7 @@ class Denoising(Objective):
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
         """Learning from data makes a teacher; learning from a loaded teacher initialises the networks."""
-        return frozenset({"trains_teacher"} if config.target == "data" else {"initializes"})
+        return frozenset({"blocks", "trains_teacher" if config.target == "data" else "initializes"})
 
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
@@ -68,9 +70,9 @@ class Denoising(Objective):
 
     def loss(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> Losses:
         """See `Objective.loss`."""
-        t = draws.uniform("t")
+        t = times_per_position(self.network, draws.uniform("t", times_per_sample(self.network, batch)))
         z_t = self.process.corrupt(batch.tokens, t, draws)
-        condition = Condition(label=batch.labels)
+        condition = training_condition(self.network, batch)
         prediction = self.network(z_t, t, condition, self.network.draw_latent(draws))
         clean = batch.tokens.flatten()
         given = None

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dmmd_core import (
     Batch,
-    Condition,
     Denoiser,
     Draws,
     Losses,
@@ -32,6 +31,9 @@ from dmmd_core import (
     per_position,
     rows_with_loss,
     sum_over_rows,
+    times_per_position,
+    times_per_sample,
+    training_condition,
 )
 
 
@@ -92,7 +94,7 @@ class MomentMatching(Objective):
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
         """See `Component.provides`."""
-        return frozenset({"distills"})
+        return frozenset({"blocks", "distills"})
 
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
@@ -119,22 +121,23 @@ class MomentMatching(Objective):
             return ("student", "auxiliary")
         return ("auxiliary",) if step % 2 else ("student",)
 
-    def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Draw s ~ U(0, 1) and the t it comes from; float64 ``[batch]`` each.
+    def draw_times(self, draws: Draws, shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Draw s ~ U(0, 1) and the t it comes from; float64 ``[batch, *shape]`` each.
 
         ``interval``: t = min(1, s + delta), delta ~ U(0, 1/k) (algorithm 1). ``grid``: t = ceil(k s) / k, the time from
         which a sampler of k steps crosses s, so that the student practises the steps it will take and no others.
         """
-        s = draws.uniform("s")
+        s = draws.uniform("s", shape)
         if self.config.times == "grid":
             return s, (s * self.num_steps).ceil() / self.num_steps
-        return s, (s + draws.uniform("delta") / self.num_steps).clamp(max=1)
+        return s, (s + draws.uniform("delta", shape) / self.num_steps).clamp(max=1)
 
     def loss(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> Losses:
         """See `Objective.loss`; the numbers are those of algorithm 1."""
-        s, t = self.draw_times(draws)  # 1
+        times = self.draw_times(draws, times_per_sample(self.student, batch))  # 1
+        s, t = (times_per_position(self.student, time) for time in times)
         z_t = self.process.corrupt(batch.tokens, t, draws)
-        condition = Condition(label=batch.labels)
+        condition = training_condition(self.student, batch)
         latent = self.student.draw_latent(draws)
         with torch.set_grad_enabled("student" in turn):
             prediction = self.student(z_t, t, condition, latent)

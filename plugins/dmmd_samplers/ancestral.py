@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -58,18 +59,20 @@ class Ancestral(Sampler):
         num_steps: int,
         condition: Condition | None = None,
         last_step: bool = False,
+        length: int | None = None,
     ) -> Samples:
         """See `Sampler.sample`."""
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         condition = condition or Condition()
-        z = self.process.prior_sample(self.length, draws.at_step(0))
+        length = length or self.length
+        z = self.process.prior_sample(length, draws.at_step(0))
         last = None
         for step in range(num_steps):
             now = draws.at_step(step)
             t, z = self._fix(1 - step / num_steps, z, condition)
             s, _ = self._fix(1 - (step + 1) / num_steps, z, condition)
-            prediction = denoiser(z, t, condition, denoiser.draw_latent(now))
+            prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
             to_draw = self.process.rows_to_draw(z, s, t, now)
             if last_step and step == num_steps - 1:
                 last = self._shape(prediction.log_probs()).unflatten(0, z.shape)
@@ -85,16 +88,19 @@ class Ancestral(Sampler):
         return Samples(z, last)
 
     @torch.no_grad()
-    def distribution(self, denoiser: Denoiser, *, num_steps: int) -> Tensor:
+    def distribution(
+        self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None
+    ) -> Tensor:
         """See `Sampler.distribution`: the transition matrices of all steps, applied to the prior."""
         if denoiser.takes_latent:
             raise UnsupportedError("a denoiser with a latent has no transition matrix; average its last steps instead")
-        size, length = self.process.num_inputs, self.length
+        size, length = self.process.num_inputs, length or self.length
         if size**length > _MAX_STATES:
             raise UnsupportedError(f"{size}^{length} states are too many to enumerate (at most {_MAX_STATES})")
         states = torch.cartesian_prod(*[torch.arange(size)] * length).reshape(-1, length)
-        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        device = device_of(denoiser)
         states = states.to(device)
+        condition = Condition(context=context)
         weights = _outer(self.process.prior().to(device).expand(1, length, -1))[0]
         for step in range(num_steps):
             t = torch.full((len(states),), 1 - step / num_steps, dtype=torch.float64, device=device)
@@ -103,7 +109,8 @@ class Ancestral(Sampler):
             # States of no weight are left out: a denoiser need not make sense of them.
             for part in (weights > 0).nonzero().squeeze(-1).split(1024):
                 z = states[part]
-                x_probs = self._shape(denoiser(z, t[part]).log_probs()).double().exp().unflatten(0, z.shape)
+                log_probs = self._shape(denoiser(z, t[part], condition).log_probs())
+                x_probs = log_probs.double().exp().unflatten(0, z.shape)
                 x_probs = x_probs / x_probs.sum(-1, keepdim=True)
                 transition = _outer(self.process.posterior_probs(x_probs, z, s[part], t[part]))
                 moved += weights[part] @ transition
@@ -127,6 +134,12 @@ class Ancestral(Sampler):
             torch.where(condition.fixed, 0.0, t.unsqueeze(-1)),
             torch.where(condition.fixed, condition.values, z),
         )
+
+
+def device_of(denoiser: Denoiser) -> torch.device:
+    """Where a denoiser's weights or tables are."""
+    tensors = itertools.chain(denoiser.parameters(), denoiser.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _outer(probs: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_auxiliary_rests_at_the_average_of_teacher_and_students_mean_given_z_s(
     game, student, teacher, auxiliary = _game(name, auxiliary_target=target)
     s, t = 0.4, 0.65
     monkeypatch.setattr(
-        game, "draw_times", lambda draws: tuple(torch.full((BATCH,), one, dtype=torch.float64) for one in (s, t))
+        game, "draw_times", lambda draws, shape: tuple(torch.full((BATCH,), one, dtype=torch.float64) for one in (s, t))
     )
     rows = [VOCAB] if name == "masked" else list(range(VOCAB))
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_times_on_the_grid_are_those_of_the_sampler() -> None:
     assert torch.allclose(counts / 4000, torch.full_like(counts, 1 / game.num_steps), atol=0.03)
     ends = torch.tensor([1e-12, 0.25, 0.5, 1 - 1e-12], dtype=torch.float64)
     game.num_steps = 3
-    fake = type("Fake", (), {"uniform": lambda self, stream: ends})()
+    fake = type("Fake", (), {"uniform": lambda self, stream, shape: ends})()
     assert game.draw_times(fake)[1].tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1.0])
 
 

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from dmmd_core import Condition, Denoiser, Prediction, Process, Schedule, TablePrediction
+from dmmd_core import Condition, Denoiser, Prediction, Process, Schedule, TablePrediction, per_position
 from dmmd_processes.masked import Masked
 from dmmd_processes.schedules import Cosine, Linear, Polynomial
 from dmmd_processes.uniform import Uniform
@@ -110,6 +110,6 @@ class Free(Denoiser):
         self.calls.append((z_t, t, condition))
         self.gradients.add(torch.is_grad_enabled())
         rows = self.logits[torch.arange(z_t.shape[1]), z_t].flatten(0, 1)
-        times = t.unsqueeze(-1).expand_as(z_t).flatten()
+        times = per_position(t, z_t).flatten()
         log_probs = self.process.clean_log_probs(rows, z_t.flatten(), times)
         return Watched(log_probs.unflatten(0, z_t.shape), self.gradients)
