@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +53,12 @@ class Copies(Metric):
         if subject.model == "train":
             return []
         name, num = type(self.data).__name__.lower() + "/train", len(subject.tokens)
-        near = (self._distances(subject.tokens) < self._threshold).double().mean()
+        near = float((self._distances(subject.tokens) < self._threshold).double().mean())
         known = {tuple(row) for row in self._train.tolist()}
         exact = sum(tuple(row) in known for row in subject.tokens.tolist()) / num
         return [
-            Value("near_copies", float(near), None, name, num),
-            Value("exact_copies", exact, None, name, num),
+            Value("near_copies", near, _share_error(near, num), name, num),
+            Value("exact_copies", exact, _share_error(exact, num), name, num),
         ]
 
     def _pixels(self, tokens: Tensor) -> Tensor:
@@ -67,3 +68,8 @@ class Copies(Metric):
     def _distances(self, tokens: Tensor) -> Tensor:
         parts = [torch.cdist(part, self._images).min(-1).values for part in self._pixels(tokens).split(1000)]
         return torch.cat(parts)
+
+
+def _share_error(share: float, num: int) -> float:
+    """Standard error of a share among independent samples."""
+    return math.sqrt(share * (1 - share) / num)
