@@ -31,9 +31,9 @@ class Samples:
 class Sampler(Component, ABC):
     """Draws clean tokens from a denoiser.
 
-    Capabilities: ``last_step`` if it can return `last_log_probs`; ``distribution`` if it can enumerate; ``blocks`` if it
-    goes from block to block of a denoiser that has a `Denoiser.block_size`; ``guides`` if it is set to guide by labels,
-    which is for teachers alone.
+    Capabilities: ``last_step`` if it can return `last_log_probs`; ``distribution`` if it can enumerate; ``blocks`` if
+    it goes from block to block of a denoiser that has a `Denoiser.block_size`; ``guides`` if it is set to guide by
+    labels, which is for teachers alone.
     """
 
     kind: ClassVar[str] = "sampler"
