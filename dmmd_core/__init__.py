@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmmd_core.draws import Draws, categorical_from_uniform
     from dmmd_core.errors import (
+        BadImageError,
         CheckpointError,
         DmmdError,
         FieldError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from dmmd_core.hookspecs import hookimpl
+    from dmmd_core.hub import hub_problem
     from dmmd_core.interfaces import (
         INTERFACES,
         KINDS,
@@ -38,12 +40,15 @@ if TYPE_CHECKING:
         FiniteData,
         Generator,
         ImageCodec,
+        Images,
+        ImageSource,
         LanguageModel,
         Losses,
         Metric,
         NetworkDenoiser,
         NetworkPrediction,
         Objective,
+        Picture,
         Player,
         Prediction,
         Process,
@@ -64,6 +69,7 @@ if TYPE_CHECKING:
     from dmmd_core.loss import Rows, rows_with_loss, sum_over_rows
     from dmmd_core.pipeline import Run
     from dmmd_core.plugins import load_plugins
+    from dmmd_core.progress import show_progress
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
     from dmmd_core.saved import load_model_weights, load_student, load_teacher
@@ -71,17 +77,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "dmmd_core.draws": "Draws categorical_from_uniform",
-    "dmmd_core.errors": "CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
+    "dmmd_core.errors": "BadImageError CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
     "UnsupportedError",
     "dmmd_core.hookspecs": "hookimpl",
+    "dmmd_core.hub": "hub_problem",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
-    "EnumerableData Features FiniteData Generator ImageCodec LanguageModel Losses Metric NetworkDenoiser "
-    "NetworkPrediction "
-    "Objective Player Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher "
-    "TextCodec Value option per_position slot",
+    "EnumerableData Features FiniteData Generator ImageCodec ImageSource Images LanguageModel Losses Metric "
+    "NetworkDenoiser NetworkPrediction Objective Picture Player Prediction Process Requirement Sampler Samples "
+    "Schedule Slot Subject TablePrediction Teacher TextCodec Value option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
+    "dmmd_core.progress": "show_progress",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
     "dmmd_core.saved": "load_model_weights load_student load_teacher",
@@ -93,6 +100,7 @@ __all__ = [
     "INTERFACES",
     "KINDS",
     "Backbone",
+    "BadImageError",
     "Batch",
     "CheckpointError",
     "Codec",
@@ -109,12 +117,15 @@ __all__ = [
     "FiniteData",
     "Generator",
     "ImageCodec",
+    "ImageSource",
+    "Images",
     "LanguageModel",
     "Losses",
     "Metric",
     "NetworkDenoiser",
     "NetworkPrediction",
     "Objective",
+    "Picture",
     "Player",
     "PluginError",
     "PluginRegistrar",
@@ -141,6 +152,7 @@ __all__ = [
     "Value",
     "categorical_from_uniform",
     "hookimpl",
+    "hub_problem",
     "load_model_weights",
     "load_plugins",
     "load_recipe",
@@ -150,6 +162,7 @@ __all__ = [
     "per_position",
     "rows_with_loss",
     "shape_log_probs",
+    "show_progress",
     "slot",
     "sum_over_rows",
 ]

@@ -36,6 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "distributed": {"errors"},
     "ema": set(),
+    "hub": set(),
+    "progress": set(),
     "precision": BASE,
     "optim": BASE | {"recipe"},
     "media": {"interfaces"},
