@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 
 def hub_problem(
-    repository: str, file: str, *, kind: Literal["model", "dataset"] = "model", revision: str | None = None
+    repository: str,
+    file: str | None = None,
+    *,
+    kind: Literal["model", "dataset"] = "model",
+    revision: str | None = None,
 ) -> str | None:
     """Say why a repository cannot be had, or return None where it is in the local cache or the hub has it.
 
@@ -14,26 +19,39 @@ def hub_problem(
 
     Args:
         repository: Its name, for example ``amused/amused-256``.
-        file: A file that it must have, such as a model's configuration.
+        file: A file that it must have, such as a model's configuration; None where any will do.
         kind: What it holds.
         revision: Branch, tag or commit; None for the main branch.
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
-        if isinstance(try_to_load_from_cache(repository, file, revision=revision, repo_type=kind), str):
-            return None
+        validate_repo_id(repository)
     except HFValidationError:
         return f"there is no folder {repository!r}, and it is no name on the hub either"
+    if _in_cache(repository, file, kind, revision):
+        return None
     here = f"there is no folder {repository!r}, it is not in the hub's cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         return f"{here}, and HF_HUB_OFFLINE forbids to ask the hub"
     try:
-        if HfApi().file_exists(repository, file, revision=revision, repo_type=kind):
-            return None
+        if file is None:
+            found = HfApi().repo_exists(repository, repo_type=kind)
+        else:
+            found = HfApi().file_exists(repository, file, revision=revision, repo_type=kind)
     except Exception as error:  # the library raises whatever its network layers raise
         reason = (str(error).splitlines() or [""])[0]
         return f"{here}, and the hub cannot be reached ({type(error).__name__}: {reason})"
-    return f"{here}, and the hub has no {kind} of this name with a file {file}"
+    part = "" if file is None else f" with a file {file}"
+    return None if found else f"{here}, and the hub has no {kind} of this name{part}"
 
+
+def _in_cache(repository: str, file: str | None, kind: str, revision: str | None) -> bool:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if file is not None:
+        return isinstance(try_to_load_from_cache(repository, file, revision=revision, repo_type=kind), str)
+    folder = f"{kind}s--{repository.replace('/', '--')}"
+    return (Path(constants.HF_HUB_CACHE) / folder / "snapshots").is_dir()

@@ -27,6 +27,14 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "text": {"name": "text", "params": {"length": 6, "tokenizer": {"name": "byte"}}},
         "digits_vq": {"name": "digits", "params": {"codec": {"name": "kmeans_patches", "params": {"codes": 8}}}},
         "digits_pixels": {"name": "digits", "params": {"codec": {"name": "pixels"}}},
+        "image_pixels": {
+            "name": "image_pixels",
+            "params": {
+                "source": {"name": "shapes", "params": {"height": 4, "width": 4, "train": 12, "test": 4}},
+                "codec": {"name": "pixels", "params": {"levels": 256, "height": 4, "width": 4, "channels": 3}},
+                "flips": True,
+            },
+        },
     },
     "process": {
         "masked": {"name": "masked"},
@@ -72,11 +80,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
 
 def _refused(choice: dict[str, str]) -> bool:
     """The refusals, in words: all that cannot be combined, and nothing else."""
-    digits = choice["data"].startswith("digits")
+    images = choice["data"].startswith(("digits", "image"))
     return (
-        (choice["teacher"] == "exact" and (digits or choice["data"] == "text"))  # too many sequences to sum over
-        or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not digits)  # no grid, no labels
-        or (choice["generator"] == "pyramid" and not digits)  # no grid
+        (choice["teacher"] == "exact" and (images or choice["data"] == "text"))  # too many sequences to sum over
+        or (choice["backbone"] in ("transformer_grid", "transformer_classes") and not images)  # no grid, no labels
+        or (choice["generator"] == "pyramid" and not images)  # no grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
     )
 
