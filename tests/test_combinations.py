@@ -35,6 +35,16 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
                 "flips": True,
             },
         },
+        "image_vq_tokens": {
+            "name": "vq_tokens",
+            "params": {
+                "source": {"name": "shapes", "params": {"height": 8, "width": 8, "train": 12, "test": 4}},
+                "tokenizer": {
+                    "name": "vq_autoencoder",
+                    "params": {"codes": 8, "height": 8, "width": 8, "base_channels": 4, "steps": 2, "batch_size": 4},
+                },
+            },
+        },
     },
     "process": {
         "masked": {"name": "masked"},

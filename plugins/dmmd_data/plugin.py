@@ -17,6 +17,7 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     from dmmd_data.image_pixels import ImagePixels
     from dmmd_data.shapes import Shapes
     from dmmd_data.text import Text
+    from dmmd_data.vq_tokens import VQTokens
 
     registry.add("data", "digits", Digits)
     registry.add("data", "tied_coins", TiedCoins)
@@ -24,6 +25,7 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     registry.add("data", "mixture", Mixture)
     registry.add("data", "text", Text)
     registry.add("data", "image_pixels", ImagePixels)
+    registry.add("data", "vq_tokens", VQTokens)
     registry.add("image_source", "cifar10", Cifar10)
     registry.add("image_source", "image_folder", ImageFolder)
     registry.add("image_source", "image_dataset", ImageDataset)
