@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dmmd_core.blocks import times_per_position, times_per_sample, training_condition
     from dmmd_core.draws import Draws, categorical_from_uniform
     from dmmd_core.errors import (
+        BadImageError,
         CheckpointError,
         DmmdError,
         FieldError,
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
         FiniteData,
         Generator,
         ImageCodec,
+        Images,
+        ImageSource,
         LanguageModel,
         Losses,
         Metric,
         NetworkDenoiser,
         NetworkPrediction,
         Objective,
+        Picture,
         Player,
         Prediction,
         Process,
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     from dmmd_core.loss import Rows, rows_with_loss, sum_over_rows
     from dmmd_core.pipeline import Run
     from dmmd_core.plugins import load_plugins
+    from dmmd_core.progress import show_progress
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
     from dmmd_core.saved import load_model_weights, load_student, load_teacher, saved_capabilities
@@ -74,18 +79,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "dmmd_core.blocks": "times_per_position times_per_sample training_condition",
     "dmmd_core.draws": "Draws categorical_from_uniform",
-    "dmmd_core.errors": "CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
+    "dmmd_core.errors": "BadImageError CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
     "UnsupportedError",
     "dmmd_core.hookspecs": "hookimpl",
     "dmmd_core.hub": "hub_problem",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
-    "EnumerableData Features FiniteData Generator ImageCodec LanguageModel Losses Metric NetworkDenoiser "
-    "NetworkPrediction "
-    "Objective Player Prediction Process Requirement Sampler Samples Schedule Slot Subject TablePrediction Teacher "
-    "TextCodec Value option per_position slot",
+    "EnumerableData Features FiniteData Generator ImageCodec ImageSource Images LanguageModel Losses Metric "
+    "NetworkDenoiser NetworkPrediction Objective Picture Player Prediction Process Requirement Sampler Samples "
+    "Schedule Slot Subject TablePrediction Teacher TextCodec Value option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
+    "dmmd_core.progress": "show_progress",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
     "dmmd_core.saved": "load_model_weights load_student load_teacher saved_capabilities",
@@ -97,6 +102,7 @@ __all__ = [
     "INTERFACES",
     "KINDS",
     "Backbone",
+    "BadImageError",
     "Batch",
     "CheckpointError",
     "Codec",
@@ -113,12 +119,15 @@ __all__ = [
     "FiniteData",
     "Generator",
     "ImageCodec",
+    "ImageSource",
+    "Images",
     "LanguageModel",
     "Losses",
     "Metric",
     "NetworkDenoiser",
     "NetworkPrediction",
     "Objective",
+    "Picture",
     "Player",
     "PluginError",
     "PluginRegistrar",
@@ -158,6 +167,7 @@ __all__ = [
     "rows_with_loss",
     "saved_capabilities",
     "shape_log_probs",
+    "show_progress",
     "slot",
     "sum_over_rows",
     "times_per_position",

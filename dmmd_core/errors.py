@@ -69,6 +69,10 @@ class RunError(DmmdError):
     exit_code = 2
 
 
+class BadImageError(RunError):
+    """One image cannot be used: it is damaged, or not what it should be; the message names it."""
+
+
 class CheckpointError(DmmdError):
     """A checkpoint or a saved model is damaged or does not fit what is to be loaded."""
 

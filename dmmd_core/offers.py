@@ -12,6 +12,7 @@ OFFERS: dict[str, frozenset[str]] = {
     "schedule": frozenset(),
     "data": frozenset({"cache_directory"}),
     "codec": frozenset(),
+    "image_source": frozenset(),
     "process": _SPEC,
     "backbone": _SPEC | {"num_inputs"},
     "generator": _SPEC | {"backbone", "process"},

@@ -197,6 +197,10 @@ class Run:
     def _prepare_data(self) -> dict[str, Any]:
         data = self.assembly.data
         data.prepare()
+        facts = data.facts()
+        self.metrics["facts"].update(facts)
+        for name, value in facts.items():
+            self.say(f"  {name.replace('_', ' ')}: {value:.4g}")
         results = json.loads(json.dumps({**asdict(data.spec), "codec_fingerprint": data.codec.fingerprint()}))
         before = self.stages.get("data", {}).get("results", results)
         if before != results:

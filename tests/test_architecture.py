@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "distributed": {"errors"},
     "ema": set(),
+    "progress": set(),
     "precision": BASE,
     "optim": BASE | {"recipe"},
     "media": {"interfaces"},

@@ -27,6 +27,24 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "text": {"name": "text", "params": {"length": 6, "tokenizer": {"name": "byte"}}},
         "digits_vq": {"name": "digits", "params": {"codec": {"name": "kmeans_patches", "params": {"codes": 8}}}},
         "digits_pixels": {"name": "digits", "params": {"codec": {"name": "pixels"}}},
+        "image_pixels": {
+            "name": "image_pixels",
+            "params": {
+                "source": {"name": "shapes", "params": {"height": 4, "width": 4, "train": 12, "test": 4}},
+                "codec": {"name": "pixels", "params": {"levels": 256, "height": 4, "width": 4, "channels": 3}},
+                "flips": True,
+            },
+        },
+        "image_vq_tokens": {
+            "name": "vq_tokens",
+            "params": {
+                "source": {"name": "shapes", "params": {"height": 8, "width": 8, "train": 12, "test": 4}},
+                "tokenizer": {
+                    "name": "vq_autoencoder",
+                    "params": {"codes": 8, "height": 8, "width": 8, "base_channels": 4, "steps": 2, "batch_size": 4},
+                },
+            },
+        },
     },
     "process": {
         "masked": {"name": "masked"},
@@ -81,11 +99,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
 
 def _refused(choice: dict[str, str]) -> bool:
     """The refusals, in words: all that cannot be combined, and nothing else."""
-    digits = choice["data"].startswith("digits")
+    images = choice["data"].startswith(("digits", "image"))
     return (
-        (choice["teacher"] == "exact" and (digits or choice["data"] == "text"))  # too many sequences to sum over
-        or (choice["backbone"] not in ("mlp", "transformer", "transformer_blocks") and not digits)  # no grid, no labels
-        or (choice["generator"] == "pyramid" and not digits)  # no grid
+        (choice["teacher"] == "exact" and (images or choice["data"] == "text"))  # too many sequences to sum over
+        or (choice["backbone"] not in ("mlp", "transformer", "transformer_blocks") and not images)  # no grid, no labels
+        or (choice["generator"] == "pyramid" and not images)  # no grid
         or (choice["generator"] == "pyramid" and choice["backbone"] == "transformer_blocks")  # spans the whole grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
     )

@@ -1,7 +1,7 @@
 """Abstract interfaces: the contract between core and plugins, and nothing concrete."""
 
 from dmmd_core.interfaces.backbone import Backbone
-from dmmd_core.interfaces.codec import Codec, ImageCodec, TextCodec
+from dmmd_core.interfaces.codec import Codec, ImageCodec, Images, TextCodec
 from dmmd_core.interfaces.component import KINDS, Component, Requirement, Slot, option, slot
 from dmmd_core.interfaces.data import Batch, Data, DataSpec, EnumerableData, FiniteData
 from dmmd_core.interfaces.denoiser import (
@@ -13,6 +13,7 @@ from dmmd_core.interfaces.denoiser import (
     TablePrediction,
 )
 from dmmd_core.interfaces.generator import Generator
+from dmmd_core.interfaces.image_source import ImageSource, Picture
 from dmmd_core.interfaces.language_model import LanguageModel
 from dmmd_core.interfaces.metric import Features, Metric, Subject, Value
 from dmmd_core.interfaces.objective import Losses, Objective, Player
@@ -25,7 +26,7 @@ INTERFACES: dict[str, type[Component]] = {
     cls.kind: cls
     for cls in (
         Process, Schedule, Backbone, Generator, Objective, Teacher, Data, Codec, Sampler, Metric, Features,
-        LanguageModel,
+        LanguageModel, ImageSource,
     )
 }  # fmt: skip
 
@@ -45,12 +46,15 @@ __all__ = [
     "FiniteData",
     "Generator",
     "ImageCodec",
+    "ImageSource",
+    "Images",
     "LanguageModel",
     "Losses",
     "Metric",
     "NetworkDenoiser",
     "NetworkPrediction",
     "Objective",
+    "Picture",
     "Player",
     "Prediction",
     "Process",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dmmd_core.errors import RunError
 from dmmd_core.interfaces.component import Component
 
 Media = Literal["tokens", "image", "text"]
@@ -100,6 +102,18 @@ class TextCodec(Codec):
         return torch.from_numpy(np.stack(rows).astype(np.int64)) if rows else torch.empty(0, 0, dtype=torch.int64)
 
 
+class Images(Protocol):
+    """Images by number, in memory (a tensor is one) or read when they are asked for."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Some images, uint8 ``[n, channels, height, width]``, by their numbers, int64 ``[n]``."""
+        ...
+
+
 class ImageCodec(Codec):
     """A codec of images that knows its sizes before it is fitted.
 
@@ -119,5 +133,27 @@ class ImageCodec(Codec):
         """Tokens per image."""
         return math.prod(self.grid)
 
-    def fit(self, images: Tensor) -> None:
-        """Fit to images, uint8 ``[n, channels, height, width]``; the same images give the same codec."""
+    @property
+    def title(self) -> str:
+        """What this codec is called in messages; it may have been trained or loaded in many ways."""
+        return type(self).__name__
+
+    def fit(self, images: Images, cache: Path | None = None) -> None:
+        """Fit to the training images, or load what the codec needs; the same images give the same codec.
+
+        Args:
+            images: Of `image_shape`.
+            cache: Folder where what took long may be kept under a fingerprint of its own, or None.
+
+        Raises:
+            RunError: What is to be loaded is not there or of other sizes.
+        """
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise a `RunError` for tokens that the codebook does not have."""
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            wrong = int(tokens.max()) if int(tokens.max()) >= self.vocab_size else int(tokens.min())
+            raise RunError(
+                f"token {wrong} is beyond the codebook of {self.title}, which has the tokens 0..{self.vocab_size - 1}; "
+                "these tokens were made with another tokenizer"
+            )

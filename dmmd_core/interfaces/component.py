@@ -19,6 +19,7 @@ KINDS: tuple[str, ...] = (
     "teacher",
     "data",
     "codec",
+    "image_source",
     "sampler",
     "metric",
     "features",
@@ -64,14 +65,15 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def slot(kind: str, default: str | Any | None = dataclasses.MISSING, *, help: str, many: bool = False) -> Any:
+def slot(kind: str, default: str | Slot | Any | None = dataclasses.MISSING, *, help: str, many: bool = False) -> Any:
     """Declare a field of a Config that another component fills.
 
     The built component reaches the constructor as a keyword argument of the field's name.
 
     Args:
         kind: The kind of component, one of `KINDS`.
-        default: Name of the default component, None for an empty slot, or left out where the recipe must say.
+        default: The default component, as its name or with parameters as a `Slot`; None for an empty slot; left
+            out where the recipe must say.
         help: One line of help.
         many: The field is a list of slots; its default is the empty list.
     """
@@ -82,7 +84,8 @@ def slot(kind: str, default: str | Any | None = dataclasses.MISSING, *, help: st
         return field(metadata=metadata)
     if default is None:
         return field(default=None, metadata=metadata)
-    return field(default_factory=lambda: Slot(name=default), metadata=metadata)
+    filled = default if isinstance(default, Slot) else Slot(name=default)
+    return field(default_factory=lambda: Slot(name=filled.name, params=dict(filled.params)), metadata=metadata)
 
 
 def bound_problem(value: Any, metadata: Mapping[str, Any]) -> str | None:

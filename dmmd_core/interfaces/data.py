@@ -66,6 +66,10 @@ class Data(Component, ABC):
     def prepare(self) -> None:
         """Load, fit the codec, build caches; called once before any other method but `spec`."""
 
+    def facts(self) -> dict[str, float]:
+        """What is worth reporting before any training, once prepared, such as a tokenizer's reconstruction error."""
+        return {}
+
     @abstractmethod
     def training_batch(self, draws: Draws) -> Batch:
         """Training examples for the global sample indices of `draws`, on their device."""
@@ -95,6 +99,16 @@ class Data(Component, ABC):
     def originals(self, split: str) -> Tensor | None:
         """Undamaged media of a split before any codec (images uint8 ``[n, channels, height, width]``), or None."""
         return None
+
+    def take_originals(self, split: str, indices: Tensor) -> Tensor | None:
+        """Some of `originals`, for data too large to hold whole.
+
+        Args:
+            split: Name of the split; a `KeyError` as `split` raises.
+            indices: Numbers of the examples, int64 ``[n]`` on the CPU, below `size`.
+        """
+        whole = self.originals(split)
+        return None if whole is None else whole[indices]
 
 
 class FiniteData(Data):

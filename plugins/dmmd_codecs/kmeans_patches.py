@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from dmmd_core import FieldError, ImageCodec, option
+from dmmd_core import FieldError, ImageCodec, Images, option
 
 
 class KMeansPatches(ImageCodec):
@@ -43,11 +44,11 @@ class KMeansPatches(ImageCodec):
         """See `Component.provides`."""
         return frozenset({"images"})
 
-    def fit(self, images: Tensor) -> None:
-        """Fit the codebook to images, uint8 ``[n, 1, height, width]``; the same images give the same codebook."""
+    def fit(self, images: Images, cache: Path | None = None) -> None:
+        """See `ImageCodec.fit`; all images at once, and nothing is kept in a cache."""
         from sklearn.cluster import KMeans
 
-        patches = self._patches(images)
+        patches = self._patches(images[torch.arange(len(images))])
         model = KMeans(self.config.codes, n_init=1, random_state=self.config.seed).fit(patches.numpy())
         codes = torch.from_numpy(model.cluster_centers_)
         # Codes in order of brightness: neighbours in number look alike, and the order does not depend on k-means.
@@ -55,6 +56,7 @@ class KMeansPatches(ImageCodec):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """See `Codec.decode`."""
+        self.check_tokens(tokens)
         rows, _ = self.grid
         patches = self._codebook()[tokens].round().clamp(0, 255).to(torch.uint8)
         side = self.config.patch

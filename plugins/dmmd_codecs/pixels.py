@@ -37,6 +37,7 @@ class Pixels(ImageCodec):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """See `Codec.decode`."""
+        self.check_tokens(tokens)
         channels, height, width = self.image_shape
         bright = (tokens.double() * 255 / (self.vocab_size - 1)).round().to(torch.uint8)
         pattern = "n (height width channels) -> n channels height width"

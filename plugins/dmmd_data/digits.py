@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Digits(FiniteData):
                                       below=1)  # fmt: skip
         split_seed: int = option(0, help="seed of the split", minimum=0)
 
-    def __init__(self, config: Digits.Config, *, codec: Codec) -> None:
+    def __init__(self, config: Digits.Config, *, codec: Codec, cache_directory: Path | None = None) -> None:
         super().__init__()
         if not isinstance(codec, ImageCodec):
             raise FieldError("codec", f"must be a codec of images, got {type(codec).__name__}")
@@ -34,6 +35,7 @@ class Digits(FiniteData):
             raise FieldError("codec", f"must take images of shape {_SHAPE}, but is set to {codec.image_shape}")
         self.config = config
         self.codec = codec
+        self.cache_directory = cache_directory
         self.spec = DataSpec(codec.vocab_size, codec.length, codec.grid, _CLASSES)
         self._originals: dict[str, Tensor] = {}
 
@@ -58,7 +60,7 @@ class Digits(FiniteData):
         )
         self._originals = {"train": images[train], "test": images[test]}
         assert isinstance(self.codec, ImageCodec)
-        self.codec.fit(self._originals["train"])
+        self.codec.fit(self._originals["train"], self.cache_directory)
         self._splits = {
             name: Batch(self.codec.encode(self._originals[name]), labels[rows])
             for name, rows in (("train", train), ("test", test))

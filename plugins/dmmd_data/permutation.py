@@ -5,8 +5,26 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from dmmd_core import Draws
 
 _ROUNDS = 6
+
+
+def epoch_rows(draws: Draws, size: int) -> Tensor:
+    """Which examples the samples of a run are, int64 ``[batch]`` on the CPU.
+
+    Sample i is item ``i mod size`` of epoch ``i // size``; every epoch is a permutation of its own.
+    """
+    indices = draws.sample_indices.cpu().numpy()
+    epochs = indices // size
+    rows = np.empty_like(indices)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        rows[chosen] = permuted(indices[chosen] % size, size, f"{draws.seed}:{epoch}")
+    return torch.from_numpy(rows)
 
 
 def permuted(places: np.ndarray, size: int, key: str) -> np.ndarray:

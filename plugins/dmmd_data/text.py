@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from dmmd_core import (
     Batch,
-    CheckpointError,
     Codec,
     Data,
     DataSpec,
@@ -26,20 +23,16 @@ from dmmd_core import (
     Slot,
     TextCodec,
     option,
+    show_progress,
     slot,
 )
-from dmmd_data.permutation import permuted
-from dmmd_data.text_sources import (
-    HubSource,
-    dataset_problem,
-    digest_of_file,
-    embedded_documents,
-    expand_files,
-    file_documents,
-)
-from dmmd_data.token_cache import TokenCache, default_cache, open_cache, write_cache
+from dmmd_data.held_out import is_held_out
+from dmmd_data.hub_data import dataset_problem, digest_of_file
+from dmmd_data.permutation import epoch_rows
+from dmmd_data.text_sources import HubSource, embedded_documents, expand_files, file_documents
+from dmmd_data.token_cache import TokenCache, default_cache, make_or_open, open_cache, write_cache
 
-_FORMAT = 1  # part of every cache's key
+_FORMAT = 2  # part of every cache's key
 _FEW_DOCUMENTS = 20
 Documents = Callable[[], Iterator[str]]
 
@@ -130,28 +123,19 @@ class Text(Data):
         Raises:
             RunError: The text cannot be read, or is too short, or the cache cannot be written.
         """
-        path = self._cache_path()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"data text: the cache folder {path.parent} cannot be made ({error.strerror}); set cache"
-            ) from error
-        with FileLock(f"{path}.lock"):  # a second run waits for the first to tokenise
-            if path.exists():
-                try:
-                    self._cache = open_cache(path, self.codec, self.config.length)
-                except (CheckpointError, KeyError, ValueError, OSError):
-                    shutil.rmtree(path, ignore_errors=True)  # damaged: made again, never half used
-            if self._cache is None:
-                documents = self._documents()
-                self.codec.fit(documents["train"]())
-                amounts = self._amounts()
-                write_cache(
-                    path, self.codec, self.config.length, self.config.boundary, documents,
-                    lambda texts, split: _progress(texts, split, amounts[split]),
-                )  # fmt: skip
-                self._cache = open_cache(path, self.codec, self.config.length)
+        def make(path: Path) -> None:
+            documents = self._documents()
+            self.codec.fit(documents["train"]())
+            amounts = self._amounts()
+            write_cache(
+                path, self.codec, self.config.length, self.config.boundary, documents,
+                lambda texts, split: _progress(texts, split, amounts[split]),
+            )  # fmt: skip
+
+        def opened(path: Path) -> TokenCache:
+            return open_cache(path, self.codec, self.config.length)
+
+        self._cache = make_or_open(self._cache_path(), opened, make, "data text")
 
     def size(self, split: str) -> int:
         """See `Data.size`."""
@@ -167,14 +151,7 @@ class Text(Data):
 
     def training_batch(self, draws: Draws) -> Batch:
         """See `Data.training_batch`; sample i of the run is item ``i mod n`` of epoch ``i // n``, permuted."""
-        size = self.size("train")
-        indices = draws.sample_indices.cpu().numpy()
-        epochs = indices // size
-        rows = np.empty_like(indices)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            rows[chosen] = permuted(indices[chosen] % size, size, f"{draws.seed}:{epoch}")
-        return self.take("train", torch.from_numpy(rows)).to(draws.device)
+        return self.take("train", epoch_rows(draws, self.size("train"))).to(draws.device)
 
     def _split(self, name: str) -> np.ndarray:
         splits = {} if self._cache is None else self._cache.splits
@@ -222,7 +199,13 @@ class Text(Data):
     def _hub(self, name: str) -> HubSource:
         config = self.config
         return HubSource(
-            name, config.dataset_config, tuple(config.data_files), config.column, config.streaming, config.max_documents
+            what="data text",
+            name=name,
+            config=config.dataset_config,
+            data_files=tuple(config.data_files),
+            streaming=config.streaming,
+            column=config.column,
+            limit=config.max_documents,
         )
 
     def _documents(self) -> dict[str, Documents]:
@@ -271,7 +254,7 @@ def _hold_out(source: Documents, share: float) -> dict[str, Documents]:
                 if count < _FEW_DOCUMENTS:
                     cut = round(len(text) * (1 - share))
                     yield text[cut:] if held else text[:cut]
-                elif held == _is_held(place, share):
+                elif held == is_held_out(place, share):
                     yield text
 
         return documents
@@ -279,20 +262,12 @@ def _hold_out(source: Documents, share: float) -> dict[str, Documents]:
     return {"train": part(held=False), "test": part(held=True)}
 
 
-def _is_held(place: int, share: float) -> bool:
-    digest = hashlib.blake2b(str(place).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
 def _progress(documents: Iterator[str], split: str, amount: _Amount) -> Iterator[str]:
     """Show how much is tokenised, how fast, and how long the rest will take."""
-    from tqdm.auto import tqdm
+    size = _bytes_of if amount.unit == "bytes" else 1
+    total = None if amount.total is None else round(amount.total)
+    return show_progress(documents, f"tokenising {split}", total=total, unit=amount.unit, per_item=size)
 
-    in_bytes = amount.unit == "bytes"
-    with tqdm(
-        desc=f"tokenising {split}", total=amount.total, unit="B" if in_bytes else " documents", unit_scale=in_bytes,
-        mininterval=1.0, leave=False, disable=None,
-    ) as bar:  # fmt: skip
-        for text in documents:
-            yield text
-            bar.update(len(text.encode("utf-8", "surrogatepass")) if in_bytes else 1)
+
+def _bytes_of(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmmd_core import RunError, hub_problem
+from dmmd_core import RunError
+from dmmd_data.hub_data import HubData
 
 
 def embedded_documents() -> list[str]:
@@ -87,24 +88,16 @@ def _decode(content: bytes, file: Path, offset: int, errors: str) -> str:
         ) from error
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A data set of the `datasets` library.
+@dataclass(frozen=True, kw_only=True)
+class HubSource(HubData):
+    """Texts of a data set of the `datasets` library.
 
     Attributes:
-        name: Name on the hub, a folder written by ``save_to_disk``, or a loader such as ``json`` with `data_files`.
-        config: Its configuration.
-        data_files: Files for a loader.
         column: The column that holds the text.
-        streaming: Read without downloading the whole.
         limit: Most documents per split; 0 for all.
     """
 
-    name: str
-    config: str | None
-    data_files: tuple[str, ...]
     column: str
-    streaming: bool
     limit: int
 
     def documents(self, split: str) -> Iterator[str]:
@@ -113,7 +106,7 @@ class HubSource:
         Raises:
             RunError: The data set cannot be loaded, or has no such split or column; says what there is.
         """
-        rows = self._load(split)
+        rows = self.load(split)
         for place, row in enumerate(self._guarded(rows, split)):
             if self.limit and place >= self.limit:
                 return
@@ -133,36 +126,13 @@ class HubSource:
         """Number of documents of a split, or None where only reading would tell."""
         if self.streaming:
             return self.limit or None
-        rows = len(self._load(split))
+        rows = len(self.load(split))
         return min(rows, self.limit) if self.limit else rows
 
     def fingerprint(self, split: str) -> str:
         """Digest of what is read, without reading a hub."""
-        parts = [self.name, self.config, split, self.column, self.limit]
-        path = Path(self.name)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            parts += [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        parts += [digest_of_file(Path(file)) if Path(file).is_file() else file for file in self.data_files]
+        parts = [*self.parts(split), self.column, self.limit]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def _load(self, split: str) -> Any:
-        import datasets
-
-        try:
-            if (Path(self.name) / "dataset_dict.json").is_file() or (Path(self.name) / "state.json").is_file():
-                found = datasets.load_from_disk(self.name)
-                if isinstance(found, datasets.Dataset):
-                    found = {"train": found}
-                if split not in found:
-                    raise ValueError(f"no split {split!r}, it has {', '.join(map(repr, sorted(found)))}")
-                return found[split].to_iterable_dataset() if self.streaming else found[split]
-            files = list(self.data_files) or None
-            return datasets.load_dataset(
-                self.name, self.config, data_files=files, split=split, streaming=self.streaming
-            )
-        except Exception as error:  # the library raises whatever its network and file layers raise
-            raise self._failure(split, error) from error
 
     def _guarded(self, rows: Any, split: str) -> Iterator[Any]:
         """Rows, with what fails while they stream told as our own error."""
@@ -173,30 +143,5 @@ class HubSource:
             except StopIteration:
                 return
             except Exception as error:
-                raise self._failure(split, error) from error
+                raise self.failure(split, error) from error
             yield row
-
-    def _failure(self, split: str, error: Exception) -> RunError:
-        reason = (str(error).splitlines() or [""])[0]
-        return RunError(
-            f"data text: split {split!r} of data set {self.name!r} cannot be loaded ({type(error).__name__}: "
-            f"{reason}); "
-            "check name, config and split, and that the hub is within reach, or give local files instead"
-        )
-
-
-def dataset_problem(name: str) -> str | None:
-    """Say why a data set cannot be loaded, or return None; a folder and a cached data set need no network."""
-    if Path(name).exists():
-        return None
-    import datasets
-
-    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
-        return None
-    return hub_problem(name, kind="dataset")
-
-
-def digest_of_file(path: Path) -> str:
-    """Digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

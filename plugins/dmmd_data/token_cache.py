@@ -1,4 +1,4 @@
-"""Tokens on disk: written once, read through memory maps, believed only when whole."""
+"""Arrays on disk: written once, read through memory maps, believed only when whole; and the tokens of texts in them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from filelock import FileLock
 
-from dmmd_core import RunError, TextCodec
+from dmmd_core import CheckpointError, RunError, TextCodec
 from dmmd_core.checkpoint import load_tensors, save_tensors, verify_directory, write_directory
 
 BATCH_DOCUMENTS = 512
+_Opened = TypeVar("_Opened")
 
 
 def default_cache() -> Path:
@@ -25,9 +28,124 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmmd"
 
 
+def make_or_open(
+    path: Path, opened: Callable[[Path], _Opened], make: Callable[[Path], None], what: str
+) -> _Opened:
+    """Open a cache; where there is none, or a damaged one, make it first. A second process waits for the first.
+
+    Args:
+        path: The cache's folder.
+        opened: Opens it; raises a `CheckpointError`, `KeyError`, `ValueError` or `OSError` where it is damaged.
+        make: Makes it, whole or not at all.
+        what: Who asks, the start of every message.
+
+    Raises:
+        RunError: The folder around it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{what}: the cache folder {path.parent} cannot be made ({error.strerror}); set cache"
+        ) from error
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            try:
+                return opened(path)
+            except (CheckpointError, KeyError, ValueError, OSError):
+                shutil.rmtree(path, ignore_errors=True)  # damaged: made again, never half used
+        make(path)
+        return opened(path)
+
+
+class ArrayWriter:
+    """Appends rows to arrays in a folder.
+
+    Args:
+        folder: Gets a file ``NAME.bin`` per array, and ``facts.json`` in the end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._arrays: dict[str, dict[str, Any]] = {}
+
+    def append(self, name: str, rows: np.ndarray) -> None:
+        """Append rows ``[n, ...]`` of always the same type and row shape."""
+        entry = self._arrays.setdefault(name, {"dtype": rows.dtype.name, "shape": [0, *rows.shape[1:]]})
+        assert (entry["dtype"], entry["shape"][1:]) == (rows.dtype.name, list(rows.shape[1:]))
+        with (self.folder / f"{name}.bin").open("ab") as file:
+            file.write(np.ascontiguousarray(rows).tobytes())
+        entry["shape"][0] += len(rows)
+
+    def rows(self, name: str) -> int:
+        """Number of rows so far."""
+        return int(self._arrays[name]["shape"][0]) if name in self._arrays else 0
+
+    def truncate(self, name: str, rows: int) -> None:
+        """Drop the rows from a number on."""
+        entry = self._arrays[name]
+        entry["shape"][0] = rows
+        width = np.dtype(entry["dtype"]).itemsize * int(np.prod(entry["shape"][1:], dtype=np.int64))
+        os.truncate(self.folder / f"{name}.bin", rows * width)
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Write the arrays' types and shapes beside further facts."""
+        content = {"arrays": self._arrays, **facts}
+        (self.folder / "facts.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def write_arrays(path: Path, fill: Callable[[ArrayWriter], Mapping[str, Any]], what: str) -> None:
+    """Write a cache of arrays, atomically.
+
+    Args:
+        path: Its folder.
+        fill: Appends everything, and returns further facts for ``facts.json``.
+        what: Who asks, the start of every message.
+
+    Raises:
+        RunError: The disk is full or read-only; nothing is left behind then.
+    """
+
+    def work(folder: Path) -> None:
+        writer = ArrayWriter(folder)
+        writer.finish(fill(writer))
+
+    try:
+        write_directory(path, work)
+    except OSError as error:
+        _clear_unfinished(path)
+        raise RunError(
+            f"{what}: the cache {path} cannot be written ({error.strerror or error}); free space, or set cache to a "
+            "folder elsewhere. Nothing was lost: the same command starts it again"
+        ) from error
+    except BaseException:
+        _clear_unfinished(path)
+        raise
+
+
+def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Open a cache of arrays: memory maps by name, and its facts.
+
+    Raises:
+        CheckpointError: A file is missing, cut short or changed.
+    """
+    verify_directory(path)
+    facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    arrays: dict[str, np.ndarray] = {
+        name: np.memmap(path / f"{name}.bin", dtype=entry["dtype"], mode="r", shape=tuple(entry["shape"]))
+        for name, entry in facts.pop("arrays").items()
+    }
+    return arrays, facts
+
+
+def smallest_type(vocab_size: int) -> str:
+    """Name of the smallest unsigned type that holds the tokens of a vocabulary."""
+    return np.dtype(np.min_scalar_type(vocab_size - 1)).name
+
+
 @dataclass(frozen=True)
 class TokenCache:
-    """Tokens of two splits, each a memory-mapped array of whole sequences.
+    """Tokens of two splits of a text, each a memory-mapped array of whole sequences.
 
     Attributes:
         path: Its folder.
@@ -39,21 +157,16 @@ class TokenCache:
 
 
 def open_cache(path: Path, codec: TextCodec, length: int) -> TokenCache:
-    """Open a finished cache and give the codec the state it was written with.
+    """Open a finished cache of a text and give the codec the state it was written with.
 
     Raises:
         CheckpointError: A file is missing, cut short or changed.
     """
-    verify_directory(path)
-    facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
+    arrays, _ = open_arrays(path)
     state = load_tensors(path / "codec.safetensors") if (path / "codec.safetensors").exists() else {}
     if state:
         codec.load_state(state)
-    splits = {
-        name: np.memmap(path / f"{name}.bin", dtype=facts["dtype"], mode="r", shape=(sequences, length))
-        for name, sequences in facts["sequences"].items()
-    }
-    return TokenCache(path, splits)
+    return TokenCache(path, {name: tokens.reshape(-1, length) for name, tokens in arrays.items()})
 
 
 def write_cache(
@@ -77,45 +190,27 @@ def write_cache(
     Raises:
         RunError: A split is shorter than one sequence, or the disk is full; nothing is left behind then.
     """
-    dtype = np.dtype(np.min_scalar_type(codec.vocab_size - 1)).name
+    dtype = smallest_type(codec.vocab_size)
 
-    def fill(folder: Path) -> None:
-        sequences = {}
+    def fill(writer: ArrayWriter) -> dict[str, Any]:
         for name, source in documents.items():
-            total = 0
-            with (folder / f"{name}.bin").open("wb") as file:
-                for batch in _batches(progress(source(), name)):
-                    for tokens in codec.encode_texts(batch):
-                        whole = np.append(tokens, codec.boundary) if boundary else tokens
-                        file.write(whole.astype(dtype).tobytes())
-                        total += len(whole)
-                sequences[name] = total // length
-                if not sequences[name]:
-                    raise RunError(
-                        f"data text: split {name!r} has {total} tokens, fewer than one sequence of {length}; give "
-                        "more text, "
-                        "a shorter length, or another held_out"
-                    )
-                file.truncate(sequences[name] * length * np.dtype(dtype).itemsize)
-        (folder / "facts.json").write_text(
-            json.dumps({"dtype": dtype, "sequences": sequences}) + "\n", encoding="utf-8"
-        )
+            for batch in _batches(progress(source(), name)):
+                rows = [
+                    np.append(tokens, codec.boundary) if boundary else tokens for tokens in codec.encode_texts(batch)
+                ]
+                writer.append(name, np.concatenate(rows).astype(dtype))
+            sequences = writer.rows(name) // length
+            if not sequences:
+                raise RunError(
+                    f"data text: split {name!r} has {writer.rows(name)} tokens, fewer than one sequence of {length}; "
+                    "give more text, a shorter length, or another held_out"
+                )
+            writer.truncate(name, sequences * length)
         if codec.state():
-            save_tensors(folder / "codec.safetensors", codec.state())
+            save_tensors(writer.folder / "codec.safetensors", codec.state())
+        return {}
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_directory(path, fill)
-    except OSError as error:
-        _clear_unfinished(path)
-        raise RunError(
-            f"data text: the token cache {path} cannot be written ({error.strerror or error}); free space, or set "
-            "cache to a "
-            "folder elsewhere. Nothing was lost: the same command starts it again"
-        ) from error
-    except BaseException:
-        _clear_unfinished(path)
-        raise
+    write_arrays(path, fill, "data text")
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
