@@ -159,7 +159,7 @@ def categorical_from_uniform(probs: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         int64 ``[...]``; a category of weight zero is never drawn.
     """
-    cdf = probs.double().cumsum(-1)
+    cdf = probs.to(torch.float64, copy=True).cumsum_(-1)  # in place: for a large vocabulary it is twice the logits
     total = cdf[..., -1:]
     # Staying below the total keeps trailing categories of weight zero out of reach when u rounds to 1.
     target = torch.minimum(uniform.double().unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))

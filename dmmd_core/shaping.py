@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +62,17 @@ def shape_log_probs(log_probs: Tensor, temperature: float = 1.0, top_p: float = 
     if temperature != 1.0:
         log_probs = (log_probs / temperature).log_softmax(-1)
     if top_p < 1.0:
-        ordered, order = log_probs.sort(dim=-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()
-        outside = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        log_probs = torch.where(outside, log_probs - lowering, log_probs).log_softmax(-1)
+        log_probs = torch.where(_outside(log_probs, top_p), log_probs - lowering, log_probs).log_softmax(-1)
     return log_probs
+
+
+@torch.no_grad()
+def _outside(log_probs: Tensor, top_p: float) -> Tensor:
+    """Tokens outside the nucleus, bool ``[rows, vocab]``."""
+    ordered, order = log_probs.sort(dim=-1, descending=True)
+    probs = ordered.exp_()
+    outside = probs.cumsum(-1).sub_(probs) >= top_p
+    return torch.empty_like(outside).scatter_(-1, order, outside)
 
 
 class ShapedPrediction(Prediction):
@@ -79,6 +86,14 @@ class ShapedPrediction(Prediction):
     def log_probs(self, rows: Tensor | None = None) -> Tensor:
         """See `Prediction.log_probs`."""
         return shape_log_probs(self._inner.log_probs(rows), *self._settings)
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """See `Prediction.sources`."""
+        return self._inner.sources()
+
+    def from_sources(self, rows: Tensor, sources: Sequence[Tensor]) -> Prediction:
+        """See `Prediction.from_sources`."""
+        return ShapedPrediction(self._inner.from_sources(rows, sources), *self._settings)
 
 
 class GuidedPrediction(Prediction):

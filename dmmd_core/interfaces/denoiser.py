@@ -5,8 +5,9 @@ Objectives, samplers and metrics meet networks, exact teachers, shaped teachers 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,9 +72,55 @@ class Prediction(ABC):
         """Log of the clean mean for the chosen rows (all by default), at least float32 ``[rows, vocab]``."""
 
     def chunks(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(rows, log_probs)`` for at most `size` rows at a time."""
+        """Yield ``(rows, log_probs)`` for at most `size` rows at a time; delete these before asking for the next."""
         for part in rows.split(size):
             yield part, self.log_probs(part)
+
+    def at(self, rows: Tensor) -> Prediction:
+        """The prediction of the chosen rows alone, numbered from 0."""
+        return _At(self, rows)
+
+    def detached(self) -> Prediction:
+        """The same prediction, made without gradients."""
+        return _Detached(self)
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """Tensors ``[num_rows, ...]`` that log-probabilities are computed from, row by row, beside parameters.
+
+        A loss in chunks ends each chunk's graph there and takes its gradient at once (`dmmd_core.sum_over_rows`).
+        Without sources, the default, it computes every chunk again in the backward pass.
+        """
+        return ()
+
+    def from_sources(self, rows: Tensor, sources: Sequence[Tensor]) -> Prediction:
+        """`at`, computed from `sources`, which stand for the chosen rows of this prediction's own."""
+        return self.at(rows)
+
+
+class _At(Prediction):
+    """Some rows of a prediction."""
+
+    def __init__(self, inner: Prediction, rows: Tensor) -> None:
+        self._inner = inner
+        self._rows = rows
+        self.num_rows, self.vocab_size = rows.shape[0], inner.vocab_size
+
+    def log_probs(self, rows: Tensor | None = None) -> Tensor:
+        """See `Prediction.log_probs`."""
+        return self._inner.log_probs(self._rows if rows is None else self._rows[rows])
+
+
+class _Detached(Prediction):
+    """A prediction without its graph."""
+
+    def __init__(self, inner: Prediction) -> None:
+        self._inner = inner
+        self.num_rows, self.vocab_size = inner.num_rows, inner.vocab_size
+
+    @torch.no_grad()
+    def log_probs(self, rows: Tensor | None = None) -> Tensor:
+        """See `Prediction.log_probs`."""
+        return self._inner.log_probs(rows).detach()
 
 
 class TablePrediction(Prediction):
@@ -119,9 +166,35 @@ class NetworkPrediction(Prediction):
         features, z, t = self._features, self._z, self._t
         if rows is not None:
             features, z, t = features[rows], z[rows], t[rows]
+        # Passed on without a name here, so that they can be freed there.
+        return self._process.clean_log_probs(self._logits(features), z, t)
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """See `Prediction.sources`: the features; none where a gradient must not be taken at once.
+
+        A class derived from this one may compute rows from more. A head sharded by FSDP2 frees its weights at the end
+        of each backward pass, and a chunk's would be one.
+        """
+        return (self._features,) if type(self) is NetworkPrediction and not _is_sharded(self._backbone) else ()
+
+    def from_sources(self, rows: Tensor, sources: Sequence[Tensor]) -> Prediction:
+        """See `Prediction.from_sources`."""
+        part = copy.copy(self)
+        (part._features,) = sources
+        part._z, part._t, part.num_rows = self._z[rows], self._t[rows], rows.shape[0]
+        return part
+
+    def _logits(self, features: Tensor) -> Tensor:
         logits = self._backbone.head(features)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return self._process.clean_log_probs(logits.to(wide), z, t)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 class Denoiser(nn.Module, ABC):

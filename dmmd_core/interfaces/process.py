@@ -212,7 +212,7 @@ class Process(Component, ABC):
         for token, news in ((z_s, news_s), (z_t, news_t)):
             place = token.clamp(max=self.vocab_size - 1).unsqueeze(-1)
             shifted = shifted.scatter_add(-1, place, news.to(log_probs.dtype).unsqueeze(-1))
-        carried = torch.full_like(log_probs, -torch.inf).scatter(
+        carried = torch.full_like(log_probs, -torch.inf).scatter_(
             -1, z_s.clamp(max=self.vocab_size - 1).unsqueeze(-1), 0.0
         )
         return torch.where(self.known(z_s, s).unsqueeze(-1), carried, shifted.log_softmax(-1))
@@ -234,7 +234,8 @@ class Process(Component, ABC):
             evidence = torch.where(known, 0.0, self.evidence(z, t)).to(logits.dtype)
             logits = logits.scatter_add(-1, token, evidence.unsqueeze(-1))
         log_probs = logits.log_softmax(-1)
-        carried = torch.full_like(log_probs, -torch.inf).scatter(-1, token, 0.0)
+        del logits
+        carried = torch.full_like(log_probs, -torch.inf).scatter_(-1, token, 0.0)
         return torch.where(known.unsqueeze(-1), carried, log_probs)
 
     def row_losses(self, target: Tensor, log_probs: Tensor, z: Tensor, s: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from dmmd_core import (
     Losses,
     Objective,
     Player,
+    Prediction,
     Process,
     Requirement,
     Rows,
@@ -93,22 +94,21 @@ class Denoising(Objective):
         condition = training_condition(self.network, batch)
         prediction = self.network(z_t, t, condition, self.network.draw_latent(draws))
         clean = batch.tokens.flatten()
-        given = None
+        predictions = [prediction]
         if self.config.target == "teacher":
             assert self.teacher is not None  # refused by `requires`
             with torch.no_grad():
-                given = self.teacher(z_t, t, condition)
+                predictions.append(self.teacher(z_t, t, condition).detached())
 
-        def row_loss(rows: Rows) -> Tensor:
-            log_probs = prediction.log_probs(rows.index)
-            if given is None:
-                target = clean[rows.index]
-            else:
-                with torch.no_grad():
-                    target = given.log_probs(rows.index).exp().to(log_probs.dtype)
+        def row_loss(rows: Rows, network: Prediction, teacher: Prediction | None = None) -> Tensor:
+            target = clean[rows.index] if teacher is None else teacher.log_probs().exp()
+            log_probs = network.log_probs()
+            if teacher is not None:
+                target = target.to(log_probs.dtype)
             return self.process.row_losses(target, log_probs, rows.z, rows.s)
 
-        loss = sum_over_rows(rows_with_loss(self.process, z_t, t), row_loss, self.config.chunk_rows)
+        rows = rows_with_loss(self.process, z_t, t)
+        loss = sum_over_rows(rows, row_loss, self.config.chunk_rows, predictions)
         return Losses({"network": loss}, {"loss": loss.detach()})
 
     def _drop_labels(self, batch: Batch, draws: Draws) -> Batch:

@@ -162,13 +162,18 @@ class MomentMatching(Objective):
             auxiliary = self.auxiliary(z_s, s, condition)
         totals = sum_over_rows(
             rows_with_loss(self.process, z_s, s),
-            lambda rows: self._row_losses(rows, turn, x, (z_t, t), prediction, teacher, auxiliary),  # 3
+            lambda rows, *predictions: self._row_losses(rows, turn, x, (z_t, t), *predictions),  # 3
             self.config.chunk_rows,
+            (
+                prediction if "student" in turn else prediction.detached(),
+                teacher.detached(),
+                auxiliary if "auxiliary" in turn else auxiliary.detached(),
+            ),
         )
-        by_player = {name: totals[place] for place, name in enumerate(("student", "auxiliary")) if name in turn}
+        by_player = dict(zip(turn, totals, strict=False))
         metrics = {f"{name}_loss": value.detach() for name, value in by_player.items()}
-        metrics["student_entropy"] = totals[2].detach()
-        metrics["teacher_auxiliary_gap"] = totals[3].detach()
+        metrics["student_entropy"] = totals[-2].detach()
+        metrics["teacher_auxiliary_gap"] = totals[-1].detach()
         return Losses(by_player, metrics)
 
     @torch.no_grad()
@@ -184,6 +189,7 @@ class MomentMatching(Objective):
         x = z_t.clamp(max=self.process.vocab_size - 1).flatten()
         for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
             x[rows] = categorical_from_uniform(log_probs.exp(), uniform[rows])
+            del log_probs
         x = x.view_as(z_t)
         return x, self.process.posterior_sample(x, z_t, s, t, draws)
 
@@ -193,43 +199,62 @@ class MomentMatching(Objective):
         turn: tuple[str, ...],
         x: Tensor,
         before: tuple[Tensor, Tensor],
-        prediction: Prediction,
+        student: Prediction,
         teacher: Prediction,
         auxiliary: Prediction,
-    ) -> Tensor:
-        """Losses of both players, student entropy and teacher-auxiliary gap, ``[4, rows]``."""
-        floor = math.log(self.config.probability_floor)
-        with torch.set_grad_enabled("auxiliary" in turn):
-            log_phi = auxiliary.log_probs(rows.index)
-        with torch.no_grad():  # an exact teacher speaks float64, the networks float32
-            log_theta = teacher.log_probs(rows.index).to(log_phi.dtype)
-        with torch.set_grad_enabled("student" in turn):
-            log_p = prediction.log_probs(rows.index)
-            p = log_p.exp()
-        losses_theta = self.process.candidate_losses(log_theta.clamp_min(floor), rows.z, rows.s)
-        losses_phi = self.process.candidate_losses(log_phi.detach().clamp_min(floor), rows.z, rows.s)
-        student = (p * (losses_theta - losses_phi)).sum(-1)
-        target = self._auxiliary_target(rows, x, before, log_p.detach())
-        auxiliary_loss = self.process.row_losses(target, log_phi, rows.z, rows.s)
-        auxiliary_loss = auxiliary_loss + self.process.row_losses(log_theta.exp(), log_phi, rows.z, rows.s)
+    ) -> list[Tensor]:
+        """Losses of the players in `turn`, student entropy and teacher-auxiliary gap, ``[rows]`` each."""
+        # Every tensor here is one of [rows, vocab]: none outlives its last use.
+        log_theta = teacher.log_probs()
+        log_phi = auxiliary.log_probs()
+        log_theta = log_theta.to(log_phi.dtype)  # an exact teacher speaks float64, the networks float32
         with torch.no_grad():
-            entropy = -torch.special.xlogy(p, p).sum(-1)
-            gap = (log_theta.exp() - log_phi.exp()).abs().sum(-1) / 2
-        return torch.stack((student, auxiliary_loss, entropy, gap))
+            theta = log_theta.exp()
+            gap = (log_phi.exp() - theta).abs_().sum(-1) / 2
+        if "auxiliary" not in turn:
+            del theta
+        difference = self._difference(rows, log_theta, log_phi.detach()) if "student" in turn else None
+        del log_theta
+        if "auxiliary" not in turn:
+            del log_phi
+        log_p = student.log_probs()
+        p = log_p.exp()
+        if "auxiliary" not in turn:
+            del log_p
+        losses = {}
+        if difference is not None:
+            losses["student"] = (p * difference).sum(-1)
+        with torch.no_grad():
+            entropy = torch.special.xlogy(p, p).sum(-1).neg_()
+        if "auxiliary" in turn:
+            target = self._add_students_part(theta, rows, x, before, log_p.detach(), p.detach())
+            losses["auxiliary"] = self.process.row_losses(target, log_phi, rows.z, rows.s)
+        return [*(losses[name] for name in turn), entropy, gap]
 
-    def _auxiliary_target(
-        self, rows: Rows, x: Tensor, before: tuple[Tensor, Tensor], log_p: Tensor
+    def _difference(self, rows: Rows, log_theta: Tensor, log_phi: Tensor) -> Tensor:
+        """Teacher's loss less auxiliary's for every candidate token, ``[rows, vocab]``."""
+        floor = math.log(self.config.probability_floor)
+
+        def candidates(log_probs: Tensor) -> Tensor:
+            return self.process.candidate_losses(log_probs.clamp_min(floor), rows.z, rows.s)
+
+        return candidates(log_theta) - candidates(log_phi)
+
+    def _add_students_part(
+        self, theta: Tensor, rows: Rows, x: Tensor, before: tuple[Tensor, Tensor], log_p: Tensor, p: Tensor
     ) -> Tensor:
-        """What the auxiliary learns of the student: int64 ``[rows]`` or probabilities ``[rows, vocab]``.
+        """Add to the teacher's probabilities ``[rows, vocab]``, in place, what the auxiliary learns of the student.
 
-        All three have the mean E_student[x | z_s]: given z_s alone, given z_t and the latent for the masked process,
-        or given z_t, the latent and z_s, ``p(x) q(z_s | z_t, x)`` normalised (Rao-Blackwell).
+        All three have the mean E_student[x | z_s]: given z_s alone (the drawn tokens), given z_t and the latent for the
+        masked process, or given z_t, the latent and z_s, ``p(x) q(z_s | z_t, x)`` normalised (Rao-Blackwell). A loss is
+        linear in its target, so that the sum of both targets needs one pass.
         """
         if self.config.auxiliary_target == "hard":
-            return x.flatten()[rows.index]
+            drawn = x.flatten()[rows.index].unsqueeze(-1)
+            return theta.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=theta.dtype))
         if self.config.auxiliary_target == "soft":
-            return log_p.exp()
+            return theta.add_(p)
         z_t, t = before
         z_rows = z_t.flatten()[rows.index]
         t_rows = per_position(t, z_t).flatten()[rows.index]
-        return self.process.clean_posterior(log_p, z_rows, rows.z, rows.s, t_rows).exp()
+        return theta.add_(self.process.clean_posterior(log_p, z_rows, rows.z, rows.s, t_rows).exp_())

@@ -91,6 +91,7 @@ class Ancestral(Sampler):
             x = z.clamp(max=self.process.vocab_size - 1).flatten()
             for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
                 x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
+                del log_probs
             z = self.process.posterior_sample(x.view_as(z), z, s, t, now)
         return Samples(z, last)
 

@@ -133,6 +133,56 @@ def test_chunked_logits_change_nothing() -> None:
     assert torch.equal(first, second)
 
 
+class _Asked(Prediction):
+    """A prediction that notes which rows it is asked for."""
+
+    def __init__(self, inner: Prediction, asked: list[Tensor]) -> None:
+        self._inner = inner
+        self._asked = asked
+        self.num_rows, self.vocab_size = inner.num_rows, inner.vocab_size
+
+    def log_probs(self, rows: Tensor | None = None) -> Tensor:
+        assert rows is not None, "all rows were asked for"
+        self._asked.append(rows)
+        return self._inner.log_probs(rows)
+
+
+class _Asking(Denoiser):
+    """A denoiser that notes every step's rows."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        super().__init__()
+        self.inner = inner
+        self.steps: list[list[Tensor]] = []
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
+    ) -> Prediction:
+        self.steps.append([])
+        return _Asked(self.inner(z_t, t, condition), self.steps[-1])
+
+
+@pytest.mark.parametrize("name", ["masked", "uniform"])
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_logits_are_made_only_for_rows_about_to_be_drawn(name: str, chunk: int) -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=4), codec=CODEC)
+    _, teacher = _setup(name, data)
+    denoiser = _Asking(teacher)
+    sampler = Ancestral(Ancestral.Config(chunk_rows=chunk, top_p=0.9), process=make_process(name, 3), length=4)
+    fixed = torch.zeros(20, 4, dtype=torch.bool).index_fill_(1, torch.tensor([2]), True)
+    condition = Condition(fixed=fixed, values=torch.ones(20, 4, dtype=torch.int64))
+    sampler.sample(denoiser, Draws.for_range(0, 0, 0, 20), num_steps=5, condition=condition)
+    free = (~fixed).flatten().nonzero().squeeze(-1).tolist()
+    asked = [torch.cat(parts).tolist() if parts else [] for parts in denoiser.steps]
+    assert len(asked) == 5
+    if name == "masked":  # a position is drawn once in all, at the step that shows it
+        assert sorted(row for rows in asked for row in rows) == free
+        assert sum(map(bool, asked)) > 1
+    else:
+        assert asked == [free] * 5
+    assert max(len(part) for parts in denoiser.steps for part in parts) <= (chunk or len(free))
+
+
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 def test_fixed_positions_stay_and_condition_the_rest(name: str) -> None:
     data = TiedCoins(TiedCoins.Config(coins=3), codec=CODEC)
