@@ -138,7 +138,7 @@ def make_turn(options: argparse.Namespace, kind: str) -> Callable[[int], None]:
         module.to(device)
     # s near 1, so that nearly all rows carry a loss: the worst case.
     times = tuple(torch.full((1,), time, dtype=torch.float64, device=device) for time in (0.97, 1.0))
-    game.draw_times = lambda draws: times  # type: ignore[method-assign]
+    game.draw_times = lambda draws, shape=(): times  # type: ignore[method-assign]
     tokens = Draws.for_range(0, 0, 0, 1, device).integers("tokens", options.vocab_size, (options.length,))
     total = _sum_of_features if kind == "features" else moment_matching.sum_over_rows
 

@@ -108,7 +108,7 @@ def _turn(name: str, chunk: int, batch: int, turn: tuple[str, ...], target: str)
         copy_teacher=lambda: NetworkDenoiser(auxiliary, process), num_steps=4,
     )  # fmt: skip
     # Enough rows to draw and enough with a loss, whatever the process.
-    game.draw_times = lambda draws: tuple(torch.full((batch,), time).double() for time in (0.6, 0.95))  # type: ignore[method-assign, assignment, return-value]
+    game.draw_times = lambda draws, shape=(): tuple(torch.full((batch,), time).double() for time in (0.6, 0.95))  # type: ignore[method-assign, assignment, return-value]
     draws = Draws.for_range(0, 0, 0, batch)
     tokens = draws.integers("tokens", VOCAB, (LENGTH,))
     with Live(_is_logits) as live:

@@ -431,7 +431,7 @@ def test_bfloat16_autocast_keeps_float32_gradients_near_those_of_float32(
 ) -> None:
     exact = _game("masked", torch.float32, head, auxiliary_target="soft")
     # No drawn token may differ, or the losses would be others.
-    exact.draw_times = lambda draws: (torch.full((BATCH,), 0.9, dtype=torch.float64),) * 2  # type: ignore[method-assign]
+    exact.draw_times = lambda draws, shape=(): (torch.full((BATCH,), 0.9, dtype=torch.float64),) * 2  # type: ignore[method-assign]
     game = _game("masked", torch.float32, head, auxiliary_target="soft", chunk_rows=chunk)
     game.draw_times = exact.draw_times  # type: ignore[method-assign]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -475,6 +475,7 @@ def test_distributed_engines_see_ordinary_gradients(engine: str, process_group: 
 
     class Replicated(DistributedDataParallel):
         draw_latent = property(lambda self: self.module.draw_latent)
+        block_size = property(lambda self: self.module.block_size)
 
     gradients = []
     for chunk in (0, CHUNK):
