@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from dmmd_core.loss import Rows, rows_with_loss, sum_over_rows
     from dmmd_core.pipeline import Run
     from dmmd_core.plugins import load_plugins
+    from dmmd_core.precision import component_device
     from dmmd_core.progress import show_progress
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
@@ -90,6 +91,7 @@ _HOMES = {
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
+    "dmmd_core.precision": "component_device",
     "dmmd_core.progress": "show_progress",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
@@ -153,6 +155,7 @@ __all__ = [
     "UnsupportedError",
     "Value",
     "categorical_from_uniform",
+    "component_device",
     "guide_log_probs",
     "guided",
     "hookimpl",

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from dmmd_core.draws import Draws
-from dmmd_core.errors import RunError
+from dmmd_core.errors import FieldError, RunError
 from dmmd_core.interfaces import Condition, Denoiser, Sampler, Samples
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, where: str = "run.device: ") -> torch.device:
     """Turn a recipe's ``run.device`` into a device.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        where: Start of the messages.
 
     Raises:
         RunError: The name means nothing, or the device is not there.
@@ -21,12 +25,24 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RunError(f"run.device: no device is called {name!r}; use auto, cpu, cuda or cuda:N") from error
+        raise RunError(f"{where}no device is called {name!r}; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise RunError(f"run.device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise RunError(f"{where}{name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"run.device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use auto")
+        raise RunError(f"{where}{name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use auto")
     return device
+
+
+def component_device(name: str) -> torch.device:
+    """Turn a component's own parameter ``device`` into a device, as `choose_device` does.
+
+    Raises:
+        FieldError: The name means nothing, or the device is not there.
+    """
+    try:
+        return choose_device(name, where="")
+    except RunError as error:
+        raise FieldError("device", str(error)) from error
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmmd_core import FieldError, ImageCodec, RunError, option
+from dmmd_core import FieldError, ImageCodec, RunError, component_device, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,12 @@ class VectorQuantizer(ImageCodec):
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse devices that are not there."""
-        _device(config.device)
+        component_device(config.device)
 
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        return _device(self.config.device)
+        return component_device(self.config.device)
 
     @abstractmethod
     def indices(self, images: Tensor) -> Tensor:
@@ -111,15 +111,3 @@ class VectorQuantizer(ImageCodec):
     def _meaning(self) -> str:
         """What decides a token's meaning beside sizes and weights."""
         return ""
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise FieldError("device", f"must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FieldError("device", f"{name!r} is not there; CUDA devices found: {torch.cuda.device_count()}")
-    return device

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dmmd_core import Codec, Data, Metric, Requirement, Subject, Value, option
+
+_ROWS = 1000
 
 
 class Copies(Metric):
@@ -41,10 +45,19 @@ class Copies(Metric):
         ]
 
     def prepare(self) -> dict[str, float]:
-        """See `Metric.prepare`."""
-        self._train = self.data.split("train").tokens
-        self._images = self._pixels(self._train)
-        held_out = self._distances(self.data.split("test").tokens)
+        """See `Metric.prepare`; the training images are kept as bytes, 3 KB each for CIFAR-10."""
+        parts, self._known = [], set()
+        for rows in torch.arange(self.data.size("train")).split(_ROWS):
+            tokens = self.data.take("train", rows).tokens
+            self._known |= {_digest(row) for row in tokens.numpy()}
+            parts.append(torch.as_tensor(self.codec.decode(tokens)).flatten(1))
+        self._images = torch.cat(parts)
+        held_out = torch.cat(
+            [
+                self._distances(self.data.take("test", rows).tokens)
+                for rows in torch.arange(self.data.size("test")).split(_ROWS)
+            ]
+        )
         self._threshold = float(held_out.quantile(self.config.quantile))
         return {"near_copy_distance": self._threshold}
 
@@ -54,20 +67,25 @@ class Copies(Metric):
             return []
         name, num = type(self.data).__name__.lower() + "/train", len(subject.tokens)
         near = float((self._distances(subject.tokens) < self._threshold).double().mean())
-        known = {tuple(row) for row in self._train.tolist()}
-        exact = sum(tuple(row) in known for row in subject.tokens.tolist()) / num
+        exact = sum(_digest(row) in self._known for row in subject.tokens.numpy()) / num
         return [
             Value("near_copies", near, _share_error(near, num), name, num),
             Value("exact_copies", exact, _share_error(exact, num), name, num),
         ]
 
-    def _pixels(self, tokens: Tensor) -> Tensor:
-        images: Tensor = self.codec.decode(tokens)
-        return images.flatten(1).double() / 255
-
     def _distances(self, tokens: Tensor) -> Tensor:
-        parts = [torch.cdist(part, self._images).min(-1).values for part in self._pixels(tokens).split(1000)]
-        return torch.cat(parts)
+        """Distance of every sample to its nearest training image, pixels in [0, 1]."""
+        found = []
+        for part in tokens.split(_ROWS):
+            pixels = torch.as_tensor(self.codec.decode(part)).flatten(1).double() / 255
+            training = (images.double() / 255 for images in self._images.split(_ROWS))
+            nearest = [torch.cdist(pixels, images).min(-1).values for images in training]
+            found.append(torch.stack(nearest).min(0).values)
+        return torch.cat(found)
+
+
+def _digest(row: np.ndarray) -> bytes:
+    return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
 def _share_error(share: float, num: int) -> float:

@@ -13,14 +13,19 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     from dmmd_metrics.classifier import SmallClassifier
     from dmmd_metrics.copies import Copies
     from dmmd_metrics.entropy import TokenEntropy
+    from dmmd_metrics.feature_networks import Inception, NetworkFile
+    from dmmd_metrics.fid import Fid
     from dmmd_metrics.frechet import FrechetDistance
     from dmmd_metrics.language_models import Trained, TransformersCausal
+    from dmmd_metrics.precision_recall import PrecisionRecall
     from dmmd_metrics.product_bound import ProductBound
     from dmmd_metrics.text import GenerativePerplexity, GradientMoment, Mauve, NgramDivergence
     from dmmd_metrics.total_variation import TotalVariation
     from dmmd_metrics.within_class import WithinClassDiversity
 
     registry.add("features", "small_classifier", SmallClassifier)
+    registry.add("features", "inception", Inception)
+    registry.add("features", "network_file", NetworkFile)
     registry.add("language_model", "causal_transformer", Trained)
     registry.add("language_model", "transformers_causal", TransformersCausal)
     registry.add("metric", "gradient_moment", GradientMoment)
@@ -30,6 +35,8 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     registry.add("metric", "total_variation", TotalVariation)
     registry.add("metric", "product_bound", ProductBound)
     registry.add("metric", "frechet_distance", FrechetDistance)
+    registry.add("metric", "fid", Fid)
+    registry.add("metric", "precision_recall", PrecisionRecall)
     registry.add("metric", "class_histogram", ClassHistogram)
     registry.add("metric", "class_accuracy", ClassAccuracy)
     registry.add("metric", "within_class_diversity", WithinClassDiversity)
