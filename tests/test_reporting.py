@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from rich.console import Console
 from dmmd_core import Batch
 from dmmd_reporting import plugin
 from dmmd_reporting.log import Log, loss_curves, read_log
+from dmmd_reporting.nearest import nearest_training_images
 from dmmd_reporting.rate import Rate
 from dmmd_reporting.summary import summarize
 from dmmd_reporting.terminal import Terminal
@@ -85,7 +87,10 @@ def fake_run(directory: Path, name: str = "digits", codec: Any = None) -> FakeRu
     tokens = torch.arange(40 * 64).reshape(40, 64) % 256
     codec = codec or Digitlike()
     images = tokens.reshape(-1, 1, 8, 8).to(torch.uint8)
-    data = SimpleNamespace(codec=codec, originals=lambda split: images)
+    data = SimpleNamespace(
+        codec=codec, size=lambda split: 40, take=lambda split, rows: Batch(tokens[rows]),
+        take_originals=lambda split, rows: images[rows],
+    )  # fmt: skip
     return FakeRun(
         directory=directory, device=torch.device("cpu"), precision=torch.float32, choices={"attention": "sdpa"},
         sizes={"teacher": 1234567, "student": 1300000}, stage="", stage_steps=0,
@@ -148,7 +153,8 @@ def test_html_is_well_formed_and_embeds_every_picture(finished: FakeRun) -> None
     assert parser.wrong == []
     assert parser.open == []
     sources = re.findall(r'src="([^"]{0,22})', text)
-    assert len(sources) == len(METRICS) + 1 + 6  # plots, one training curve, real data and five sample grids
+    # Plots, one training curve, real data, five sample grids, and one beside its nearest training images.
+    assert len(sources) == len(METRICS) + 1 + 7
     assert set(sources) == {"data:image/png;base64,"}
 
 
@@ -176,7 +182,7 @@ def test_markdown_lists_every_result_with_its_provenance(finished: FakeRun) -> N
 
 def test_markdown_links_files_that_exist(finished: FakeRun) -> None:
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (finished.directory / "report.md").read_text())
-    assert len(links) == len(METRICS) + 1 + 6
+    assert len(links) == len(METRICS) + 1 + 7
     for link in links:
         with Image.open(finished.directory / link) as image:
             assert min(image.size) > 200
@@ -187,6 +193,42 @@ def test_sample_grid_shows_whole_enlarged_tiles_set_apart(finished: FakeRun) -> 
         assert image.size == (6 * (48 + 6) + 6, 6 * (48 + 6) + 6)  # six by six tiles of 48 pixels, 6 between
         assert {image.getpixel((x, 3)) for x in range(image.size[0])} == {(255, 255, 255)}
         assert image.getpixel((6, 6)) == (0, 0, 0)
+
+
+def test_samples_stand_beside_their_nearest_training_images(finished: FakeRun) -> None:
+    markdown = (finished.directory / "report.md").read_text()
+    assert "student, 8 steps, as trained: each sample, and on its right the nearest of 40 training images" in markdown
+    with Image.open(finished.directory / "samples" / "student_8_nearest.png") as image:
+        pixels = torch.from_numpy(np.array(image))
+    step = 48 + 6  # the samples of this run are the training images themselves: left and right are equal
+    for column in (0, 2, 4):
+        left, right = (pixels[6:, 6 + step * (column + k) :][:48, :48] for k in (0, 1))
+        assert torch.equal(left, right)
+    assert not torch.equal(pixels[6:54, 6:54], pixels[6:54, 6 + 2 * step :][:, :48])
+
+
+@pytest.mark.parametrize(("side", "bytes_allowed", "looked_at"), [(8, 2**28, 50), (40, 2**28, 50), (8, 8 * 8 * 7, 7)])
+def test_nearest_images_are_nearest(
+    monkeypatch: pytest.MonkeyPatch, side: int, bytes_allowed: int, looked_at: int
+) -> None:
+    monkeypatch.setattr("dmmd_reporting.nearest._POOL_BYTES", bytes_allowed)
+    monkeypatch.setattr("dmmd_reporting.nearest._ROWS", 9)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 236, (50, 1, 4, 4), generator=generator)
+    images = coarse.repeat_interleave(side // 4, -1).repeat_interleave(side // 4, -2).byte()
+    rows = torch.linspace(0, 49, looked_at).long()
+    wanted = rows[torch.tensor([3, 0, looked_at - 1])]
+    samples = images[wanted] + torch.randint(0, 20, (3, 1, side, side), generator=generator).byte()
+    for originals in (images, None):  # kept, or to be decoded
+        data: Any = SimpleNamespace(
+            codec=SimpleNamespace(decode=lambda tokens: images[tokens.flatten()]),
+            size=lambda split: 50,
+            take=lambda split, rows: Batch(rows.unsqueeze(1)),
+            take_originals=lambda split, rows, kept=originals: None if kept is None else kept[rows],
+        )
+        found, count = nearest_training_images(data, samples)
+        assert count == looked_at
+        assert torch.equal(found, images[wanted])
 
 
 def test_text_samples_are_shown_and_cannot_break_out(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dmmd_core.media import image_grid, write_png
+from dmmd_reporting.nearest import beside_each_other, nearest_training_images
 
 if TYPE_CHECKING:
     from dmmd_core import Run
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 _SMALL_PIXELS = 64
 _SMALL_COLUMNS, _LARGE_COLUMNS = 6, 4
 _TILE_PIXELS = 48
+_PAIRS = 18
 _LINES_KEPT, _LINES_SHOWN = 64, 12
 
 
@@ -36,16 +39,34 @@ class Exhibit:
 def draw_exhibits(run: Run) -> list[Exhibit]:
     """Write real data, then teacher and student at every number of steps, as far as their samples were kept."""
     exhibits = []
-    codec = run.assembly.data.codec
-    originals = run.assembly.data.originals("test") if codec.media == "image" else None
-    if originals is not None:
-        exhibits.append(_picture(run, "real held-out images", "real", originals))
+    data = run.assembly.data
+    codec = data.codec
+    if codec.media == "image":
+        originals = data.take_originals("test", torch.arange(min(data.size("test"), _SMALL_COLUMNS**2)))
+        if originals is not None:
+            exhibits.append(_picture(run, "real held-out images", "real", originals))
     for model, steps in dict.fromkeys((row["model"], row["num_steps"]) for row in run.metrics["results"]):
         batch = None if model == "train" else run.samples(model, steps)
         if batch is not None:
             title = _title(run, model, steps)
             exhibits.append(_exhibit(run, title, f"{model}_{steps}", batch.tokens))
+    if codec.media == "image":
+        exhibits += _nearest(run)
     return exhibits
+
+
+def _nearest(run: Run) -> list[Exhibit]:
+    """Samples of the student as it was trained, or at its first number of steps, with their nearest training images."""
+    tried = [row["num_steps"] for row in run.metrics["results"] if row["model"] == "student"]
+    steps = run.plan.recipe.distill.num_steps if run.plan.recipe.distill.num_steps in tried else min(tried, default=0)
+    batch = run.samples("student", steps) if steps else None
+    if batch is None:
+        return []
+    data = run.assembly.data
+    shown = torch.as_tensor(data.codec.decode(batch.tokens[:_PAIRS]))
+    found, count = nearest_training_images(data, shown)
+    title = f"{_title(run, 'student', steps)}: each sample, and on its right the nearest of {count} training images"
+    return [_picture(run, title, f"student_{steps}_nearest", beside_each_other(shown, found))]
 
 
 def _title(run: Run, model: str, steps: int) -> str:
