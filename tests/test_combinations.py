@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import tiny_recipe
 
-from dmmd_core import Registry, RunError, load_plugins
+from dmmd_core import Registry, RunError, load_plugins, load_student
 from dmmd_core.errors import RecipeError
 from dmmd_core.pipeline import Run
 from dmmd_core.resolve import resolve
@@ -161,6 +162,27 @@ def test_a_run_samples_by_confidence(registry: Registry, tmp_path: Path) -> None
         assert samples is not None
         assert int(samples.tokens.max()) < 3, "nothing stays masked"
     assert {row["sampler"] for row in run.metrics["results"] if row["num_steps"]} == {"confidence"}
+
+
+def test_a_run_samples_its_blocks_by_confidence(registry: Registry, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "data": AXES["data"]["text"],
+        "backbone": AXES["backbone"]["transformer_blocks"],
+        "teacher": TRAINED,
+        "distill": {"num_steps": 2, **TRAIN},
+        "sampler": {"name": "block", "params": {"inner": {"name": "confidence"}}},
+        "evaluate": {"teacher_steps": [1], "student_steps": [2], "num_samples": 4, "metrics": []},
+    }
+    run = Run(resolve(recipe_from_plain(tiny_recipe(tmp_path, **sections), "recipe"), registry), registry)
+    run.execute()
+    assert run.assembly.spec is not None
+    for model, steps in (("teacher", 1), ("student", 2)):
+        samples = run.samples(model, steps)
+        assert samples is not None
+        assert int(samples.tokens.max()) < run.assembly.spec.vocab_size, "nothing stays masked"
+    student = load_student(run.directory)
+    assert torch.equal(student.sample(3, length=11)[:, :6], student.sample(3))
+    assert student.sample(3, length=5).shape == (3, 5)
 
 
 def test_the_axes_name_every_component_in_the_tree(registry: Registry) -> None:
