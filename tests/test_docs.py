@@ -164,6 +164,33 @@ def test_commands_are_understood_and_their_recipes_exist(page: Path, monkeypatch
                 assert (ROOT / word).exists() or (page.parent / word).exists(), word
 
 
+def _commands(page: str) -> list[str]:
+    text = _text(page).replace("\\\n", " ")
+    return re.findall(r"^dmmd-run (.+)$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", _commands("images.md"))
+def test_commands_for_images_are_valid(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, *overrides = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run_command([str(ROOT / recipe), *overrides, "--check"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_of_the_page_passes_the_door_and_gives_pictures() -> None:
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", _text("images.md"), flags=re.DOTALL):
+        exec(block, namespace)
+    entries: dict[tuple[str, str], Entry] = {}
+    namespace["dmmd_register"](PluginRegistrar(Provider("page", "docs", "1.0"), entries))
+    assert set(entries) == {("image_source", "squares")}
+    source = namespace["Squares"](namespace["Squares"].Config())
+    assert source.read("train", 7).image.getpixel((0, 0)) == 7
+    assert {row[0].strip("`") for row in _rows(_text("images.md")) if row[0].startswith("`")} >= {
+        *(entry.name for entry in load_plugins() if entry.kind == "image_source")
+    }
+
+
 def test_the_example_plugins_of_the_page_pass_the_door() -> None:
     namespace: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", _text("write_a_plugin.md"), flags=re.DOTALL):

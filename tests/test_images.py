@@ -194,8 +194,10 @@ def test_folders_without_classes_and_with_wrong_ones(folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(RunError, match=r"no image .* below .*empty"):
         _folder(folder, train=str(folder / "empty")).prepare()
-    with pytest.raises(FieldError, match=r"no folder .*nowhere.*one subfolder per class"):
+    with pytest.raises(FieldError, match=r"no folder '.*nowhere'; set train to what holds one subfolder per class"):
         ImageFolder.check(ImageFolder.Config(train=str(folder / "nowhere"), num_classes=3))
+    with pytest.raises(FieldError, match=r"no folder '.*nowhere' and no folder '.*gone'; set train and test to what"):
+        ImageFolder.check(ImageFolder.Config(train=str(folder / "nowhere"), test=str(folder / "gone")))
 
 
 def test_data_sets_that_do_not_fit_are_refused_and_say_what_there_is(tmp_path: Path) -> None:

@@ -47,10 +47,13 @@ class ImageFolder(ImageSource):
     def check(cls, config: Any) -> None:
         """Refuse folders that are not there before anything is built."""
         layout = "one subfolder per class with the images in it" if config.num_classes else "images"
-        for field in ("train", "test"):
-            folder = getattr(config, field)
-            if folder is not None and not Path(folder).is_dir():
-                raise FieldError(field, f"there is no folder {folder!r}; set it to the folder that holds {layout}")
+        given = {"train": config.train, "test": config.test}
+        missing = {field: folder for field, folder in given.items() if folder and not Path(folder).is_dir()}
+        if missing:
+            folders = " and no folder ".join(map(repr, missing.values()))
+            raise FieldError(
+                next(iter(missing)), f"there is no folder {folders}; set {' and '.join(missing)} to what holds {layout}"
+            )
 
     def prepare(self) -> None:
         """See `ImageSource.prepare`."""
