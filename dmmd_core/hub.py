@@ -13,16 +13,19 @@ def hub_problem(
     kind: Literal["model", "dataset"] = "model",
     revision: str | None = None,
 ) -> str | None:
-    """Say why a repository cannot be had, or return None where it is in the local cache or the hub has it.
+    """Say why a repository cannot be had, or return None where it is a folder, in the local cache, or on the hub.
 
     Nothing is downloaded.
 
     Args:
-        repository: Its name, for example ``amused/amused-256``.
+        repository: A folder, or a name on the hub, for example ``amused/amused-256``.
         file: A file that it must have, such as a model's configuration; None where any will do.
         kind: What it holds.
         revision: Branch, tag or commit; None for the main branch.
     """
+    if Path(repository).is_dir():
+        found = file is None or (Path(repository) / file).is_file()
+        return None if found else f"the folder {repository!r} has no {file}"
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

@@ -152,6 +152,18 @@ class ShapedDenoiser(Denoiser):
         if self._guides and num_classes is None:
             raise ValueError("guidance needs the number of classes, whose value means 'no label'; got none")
 
+    def guided_by(self, guidance: float, num_classes: int | None) -> ShapedDenoiser:
+        """The same shaping after guidance."""
+        temperature, top_p, lowering = self._settings
+        return ShapedDenoiser(
+            self.inner,
+            guidance=guidance,
+            num_classes=num_classes,
+            temperature=temperature,
+            top_p=top_p,
+            lowering=lowering,
+        )
+
     @property
     def _guides(self) -> bool:
         return self.guidance is not None and self.guidance != 1.0
@@ -214,7 +226,9 @@ def guided(denoiser: Denoiser, guidance: float, num_classes: int | None) -> Deno
         guidance: See `guide_log_probs`.
         num_classes: Number of classes; may be None where `guidance` is 1.
     """
-    decided = isinstance(denoiser, ShapedDenoiser) and denoiser.guidance is not None
-    if decided or guidance == 1.0:
+    if guidance == 1.0:
         return denoiser
+    if isinstance(denoiser, ShapedDenoiser):
+        # Guidance comes first, whoever shapes.
+        return denoiser if denoiser.guidance is not None else denoiser.guided_by(guidance, num_classes)
     return ShapedDenoiser(denoiser, guidance=guidance, num_classes=num_classes)

@@ -12,7 +12,8 @@ import torch
 import dmmd_backbones.attention
 from dmmd_backbones.attention import choose_attention, sdpa_attention, xformers_attention, xformers_problem
 from dmmd_backbones.mlp import MLP
-from dmmd_backbones.transformer import Transformer, rotary_angles, rotate
+from dmmd_backbones.rotary import rotary_angles, rotate
+from dmmd_backbones.transformer import Transformer
 from dmmd_backbones.unet import UNet
 from dmmd_backbones.uvit import UViT
 from dmmd_core import Backbone, Condition, FieldError, NetworkDenoiser, RunError
@@ -280,7 +281,8 @@ def test_outputs_and_branches_start_at_zero(build: Any) -> None:
         x = torch.randn((2, width, 2, 3) if build is _unet else (2, 6, width))
         conditioning = torch.randn((2, 1, 1, 32) if build is _unet else (2, 1, width))
         extra = [torch.randn_like(x)] if getattr(branch, "skip", None) is not None else []
-        assert torch.equal(branch(x, conditioning, *extra), x)
+        output = branch(x, conditioning, *extra)
+        assert torch.equal(output[0] if isinstance(output, tuple) else output, x)  # beside it, keys and values
 
 
 def test_skips_lead_from_the_first_block_to_the_last() -> None:
@@ -288,7 +290,7 @@ def test_skips_lead_from_the_first_block_to_the_last() -> None:
     given: list[torch.Tensor] = []
     taken: list[torch.Tensor] = []
     for block in model.first:
-        block.register_forward_hook(lambda module, inputs, output: given.append(output))
+        block.register_forward_hook(lambda module, inputs, output: given.append(output[0]))
     for block in model.second:
         block.register_forward_hook(lambda module, inputs, output: taken.append(inputs[2]))
     model.features(torch.zeros(1, 6, dtype=torch.int64), torch.rand(1), Condition())

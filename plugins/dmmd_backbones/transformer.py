@@ -17,95 +17,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dmmd_backbones.attention import choose_attention
+from dmmd_backbones.adaptive_block import AdaptiveBlock
 from dmmd_backbones.context import Context, block_mask
-from dmmd_backbones.embeddings import TimeEmbedding
+from dmmd_backbones.embeddings import Conditioning
+from dmmd_backbones.grids import GridPositions
+from dmmd_backbones.rotary import rotary_angles
 from dmmd_core import Backbone, Condition, FieldError, Requirement, UnsupportedError, option
-
-
-def rotary_angles(grid: Sequence[int], head_width: int, base: float = 10_000.0) -> Tensor:
-    """Angles of rotary positions over a grid of any number of axes (Su et al., arXiv:2104.09864).
-
-    Each axis gets an equal share of the head's pairs.
-
-    Args:
-        grid: Extent of every axis; their product is the length.
-        head_width: Width of a head, divisible by twice the number of axes.
-        base: Longest period, in positions.
-
-    Returns:
-        ``[length, head_width / 2]`` in radians.
-    """
-    pairs = head_width // 2 // len(grid)
-    frequencies = base ** (-torch.arange(pairs) / pairs)
-    positions = torch.cartesian_prod(*[torch.arange(extent) for extent in grid]).reshape(-1, len(grid))
-    return (positions.unsqueeze(-1) * frequencies).flatten(1)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate pairs of channels of ``[batch, length, heads, head_width]`` by angles ``[length, head_width / 2]``."""
-    first, second = x.chunk(2, dim=-1)
-    cosine, sine = cosine.unsqueeze(1).to(x.dtype), sine.unsqueeze(1).to(x.dtype)
-    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each with an adaptive norm and a gate that start at zero."""
-
-    def __init__(self, config: Transformer.Config) -> None:
-        super().__init__()
-        width = config.width
-        self.heads = config.heads
-        masked = config.block_size is not None
-        self.kernel, self.attend = choose_attention(
-            config.attention, head_width=width // config.heads, masked=masked
-        )
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, config.expansion * width),
-            nn.GELU(approximate="tanh"),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.expansion * width, width),
-        )
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        conditioning: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-        past: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Map ``[batch, length, width]`` to the same.
-
-        Args:
-            x: Residual stream.
-            conditioning: ``[batch, 1 or length, width]``.
-            rotary: Cosines and sines of the positions, or None.
-            past: Keys and values of finished blocks, or None.
-            mask: See `Attention`.
-
-        Returns:
-            The new residual stream, and all keys and values, past ones first.
-        """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).chunk(6, dim=-1)
-        qkv = self.to_qkv(self.norm1(x) * (1 + scale1) + shift1)
-        query, key, value = rearrange(
-            qkv, "batch length (three heads width) -> three batch length heads width", three=3, heads=self.heads
-        )
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if past is not None:
-            key, value = torch.cat((past[0], key), dim=1), torch.cat((past[1], value), dim=1)
-        mixed = self.attend(query, key, value, mask)
-        x = x + gate1 * self.to_out(rearrange(mixed, "batch length heads width -> batch length (heads width)"))
-        return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2), (key, value)
 
 
 class ShortConvolution(nn.Module):
@@ -196,22 +113,28 @@ class Transformer(Backbone):
             )
         self.tokens = nn.Embedding(num_inputs, config.width)
         nn.init.normal_(self.tokens.weight, std=1 / math.sqrt(config.width))
-        self.time = TimeEmbedding(config.width)
-        # One more row than classes: the last stands for "no label".
-        self.classes = nn.Embedding(num_classes + 1, config.width) if config.class_conditional and num_classes else None
+        self.conditioning = Conditioning(config.width, num_classes if config.class_conditional else None)
         if config.positions == "rotary":
             angles = rotary_angles(axes, head_width)
             self.register_buffer("cosine", angles.cos(), persistent=False)
             self.register_buffer("sine", angles.sin(), persistent=False)
         else:
-            # A grid's position is the sum of one learned vector per axis.
-            scale = 1 / math.sqrt(len(axes))
-            self.axes = nn.ParameterList(nn.Parameter(scale * torch.randn(extent, config.width)) for extent in axes)
+            self.positions = GridPositions(axes, config.width)
         self.convolutions = nn.ModuleList(
             ShortConvolution((config.block_size,) if config.block_size else axes, config.width)
             for _ in range(config.convolutions)
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            AdaptiveBlock(
+                config.width,
+                config.heads,
+                attention=config.attention,
+                expansion=config.expansion,
+                dropout=config.dropout,
+                masked=config.block_size is not None,
+            )
+            for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 2 * config.width)
         nn.init.zeros_(self.modulation.weight)
@@ -318,12 +241,7 @@ class Transformer(Backbone):
         x = self.tokens(tokens) * math.sqrt(self.config.width)
         if input_noise is not None:
             x = x + input_noise
-        conditioning = self.time(t if t.ndim == 2 else t.unsqueeze(1))
-        if self.classes is not None:
-            if label is None:
-                label = torch.full(tokens.shape[:1], self.classes.num_embeddings - 1, device=tokens.device)
-            conditioning = conditioning + self.classes(label).unsqueeze(1)
-        conditioning = nn.functional.silu(conditioning)
+        conditioning = self.conditioning(t, label)
         rotary = None
         if self.config.positions == "rotary":
             rotary = self._rotary(start, start + tokens.shape[1])
@@ -350,9 +268,7 @@ class Transformer(Backbone):
         return angles.cos(), angles.sin()
 
     def _learned_positions(self, start: int, end: int) -> Tensor:
-        total = self.axes[0]
-        for axis in list(self.axes)[1:]:
-            total = (total.unsqueeze(1) + axis).flatten(0, 1)
+        total = self.positions().flatten(0, -2)
         if end > len(total):
             raise UnsupportedError(f"learned positions end at {len(total)}, got {end}; train with rotary positions")
         return total[start:end]

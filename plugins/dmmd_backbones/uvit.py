@@ -14,61 +14,30 @@ from typing import Any, Literal
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from dmmd_backbones.attention import choose_attention
+from dmmd_backbones.adaptive_block import AdaptiveBlock
 from dmmd_backbones.embeddings import Conditioning
 from dmmd_backbones.grids import ChannelEmbedding, GridPositions, image_axes
 from dmmd_core import Backbone, Condition, FieldError, Requirement, option
 
 
 class SkipBlock(nn.Module):
-    """Attention and feed-forward with adaptive norms; a block of the second half first takes in its skip.
+    """A block of the second half, which first takes in its partner's output; its weight for that starts at zero."""
 
-    Gates and the skip's weights start at zero, so that the block starts as the identity.
-    """
-
-    def __init__(self, config: UViT.Config, *, takes_skip: bool) -> None:
+    def __init__(self, width: int, block: AdaptiveBlock) -> None:
         super().__init__()
-        width = config.width
-        self.heads, self.dropout = config.heads, config.attention_dropout
-        self.kernel, self.attend = choose_attention(config.attention, head_width=width // config.heads)
-        self.skip = nn.Linear(width, width, bias=False) if takes_skip else None
-        if self.skip is not None:
-            nn.init.zeros_(self.skip.weight)
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, config.expansion * width),
-            nn.GELU(approximate="tanh"),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.expansion * width, width),
-        )
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.skip = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.skip.weight)
+        self.block = block
 
-    def forward(self, x: Tensor, conditioning: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Tensor, skip: Tensor) -> Tensor:
         """Map ``[batch, patches, width]`` to the same.
 
         Args:
             x: The patches.
             conditioning: ``[batch, 1 or patches, width]``.
-            skip: Output of the block's partner in the first half, for a block that takes one.
+            skip: Output of the block's partner in the first half.
         """
-        if self.skip is not None:
-            assert skip is not None
-            x = x + self.skip(skip)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).chunk(6, dim=-1)
-        query, key, value = rearrange(
-            self.to_qkv(self.norm1(x) * (1 + scale1) + shift1),
-            "batch patches (three heads width) -> three batch patches heads width",
-            three=3,
-            heads=self.heads,
-        )
-        mixed = self.attend(query, key, value, dropout=self.dropout if self.training else 0.0)
-        x = x + gate1 * self.to_out(rearrange(mixed, "batch patches heads width -> batch patches (heads width)"))
-        return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
+        return self.block(x + self.skip(skip), conditioning)[0]
 
 
 class UViT(Backbone):
@@ -118,9 +87,9 @@ class UViT(Backbone):
         self.positions = GridPositions((rows, columns // side), config.width)
         self.enter = nn.Linear(patch_width, config.width)
         half = config.depth // 2
-        self.first = nn.ModuleList(SkipBlock(config, takes_skip=False) for _ in range(half))
-        self.middle = nn.ModuleList(SkipBlock(config, takes_skip=False) for _ in range(config.depth % 2))
-        self.second = nn.ModuleList(SkipBlock(config, takes_skip=True) for _ in range(half))
+        self.first = nn.ModuleList(self._block() for _ in range(half))
+        self.middle = nn.ModuleList(self._block() for _ in range(config.depth % 2))
+        self.second = nn.ModuleList(SkipBlock(config.width, self._block()) for _ in range(half))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.leave = nn.Linear(config.width, patch_width)
@@ -183,13 +152,24 @@ class UViT(Backbone):
         """See `Backbone.head`."""
         return self.logits(features)
 
+    def _block(self) -> AdaptiveBlock:
+        config = self.config
+        return AdaptiveBlock(
+            config.width,
+            config.heads,
+            attention=config.attention,
+            expansion=config.expansion,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+        )
+
     def _run(self, x: Tensor, conditioning: Tensor) -> Tensor:
         skips: list[Tensor] = []
         for block in self.first:
-            x = block(x, conditioning)
+            x, _ = block(x, conditioning)
             skips.append(x)
         for block in self.middle:
-            x = block(x, conditioning)
+            x, _ = block(x, conditioning)
         for block in self.second:
             x = block(x, conditioning, skips.pop())
         return x

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmmd_core import RunError, hub_problem
+from dmmd_core import FieldError, RunError, hub_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +71,26 @@ class HubData:
         return [*parts, *(digest_of_file(Path(file)) if Path(file).is_file() else file for file in self.data_files)]
 
 
-def dataset_problem(name: str) -> str | None:
-    """Say why a data set cannot be loaded, or return None; a folder and a cached data set need no network."""
-    if Path(name).exists():
-        return None
-    import datasets
+def refuse_missing_data(name: str, data_files: Sequence[str]) -> None:
+    """Refuse files that are not there, and names that neither this machine nor the hub knows.
 
-    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
-        return None
-    return hub_problem(name, kind="dataset")
+    A folder, a loader with files, and what the library has prepared here before need no network.
+
+    Raises:
+        FieldError: For the field ``data_files`` or ``dataset``.
+    """
+    for file in data_files:
+        if "://" not in file and "*" not in file and not Path(file).exists():
+            raise FieldError("data_files", f"there is no file {file!r}")
+    if data_files or Path(name).exists():
+        return
+    from datasets import config
+
+    if (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        return
+    problem = hub_problem(name, kind="dataset")
+    if problem is not None:
+        raise FieldError("dataset", f"{problem}; give a folder, or a loader with data_files")
 
 
 def digest_of_file(path: Path) -> str:

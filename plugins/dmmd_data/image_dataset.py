@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dmmd_core import BadImageError, FieldError, ImageSource, Picture, RunError, hub_problem, option
-from dmmd_data.hub_data import HubData
+from dmmd_core import BadImageError, ImageSource, Picture, RunError, option
+from dmmd_data.hub_data import HubData, refuse_missing_data
 from dmmd_data.picture_files import decode_picture, hold_out, known_split
 
 _WHAT = "images image_dataset"
@@ -51,14 +51,7 @@ class ImageDataset(ImageSource):
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse files that are not there, and names that neither this machine nor the hub knows."""
-        for file in config.data_files:
-            if "://" not in file and "*" not in file and not Path(file).exists():
-                raise FieldError("data_files", f"there is no file {file!r}")
-        if config.data_files or Path(config.dataset).exists() or _is_prepared(config.dataset):
-            return
-        problem = hub_problem(config.dataset, kind="dataset")
-        if problem is not None:
-            raise FieldError("dataset", f"{problem}; give a folder, or a loader with data_files")
+        refuse_missing_data(config.dataset, config.data_files)
 
     def prepare(self) -> None:
         """See `ImageSource.prepare`."""
@@ -133,10 +126,3 @@ class ImageDataset(ImageSource):
                 f"{_WHAT}: column {config.image!r} of {config.dataset!r} holds {type(kind).__name__} and no images; "
                 "set image to the column that does"
             ) from error
-
-
-def _is_prepared(name: str) -> bool:
-    """Whether the library has prepared a data set of the hub on this machine before."""
-    from datasets import config
-
-    return (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()

@@ -27,7 +27,7 @@ from dmmd_core import (
     slot,
 )
 from dmmd_data.held_out import is_held_out
-from dmmd_data.hub_data import dataset_problem, digest_of_file
+from dmmd_data.hub_data import digest_of_file, refuse_missing_data
 from dmmd_data.permutation import epoch_rows
 from dmmd_data.text_sources import HubSource, embedded_documents, expand_files, file_documents
 from dmmd_data.token_cache import TokenCache, default_cache, make_or_open, open_cache, write_cache
@@ -105,12 +105,8 @@ class Text(Data):
                 expand_files(getattr(config, field))
             except (FileNotFoundError, PermissionError) as error:
                 raise FieldError(field, str(error)) from error
-        for file in config.data_files:
-            if "://" not in file and "*" not in file and not Path(file).exists():
-                raise FieldError("data_files", f"there is no file {file}")
-        problem = None if config.dataset is None or config.data_files else dataset_problem(config.dataset)
-        if problem:
-            raise FieldError("dataset", problem)
+        if config.dataset is not None:
+            refuse_missing_data(config.dataset, config.data_files)
 
     @classmethod
     def smoke(cls, config: Any) -> Any:

@@ -208,11 +208,7 @@ class TransformersCausal(LanguageModel):
     @classmethod
     def check(cls, config: Any) -> None:
         """Refuse a model out of reach before anything is trained."""
-        folder = Path(config.path)
-        if folder.is_dir():
-            problem = None if (folder / "config.json").is_file() else f"the folder {config.path!r} has no config.json"
-        else:
-            problem = hub_problem(config.path, "config.json", revision=config.revision)
+        problem = hub_problem(config.path, "config.json", revision=config.revision)
         if problem:
             raise FieldError("path", problem)
 

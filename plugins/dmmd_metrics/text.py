@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -263,7 +262,7 @@ class Mauve(Metric):
             raise FieldError("", "metric mauve needs the package mauve-text; pip install mauve-text, or leave it out")
         if "gpt2" not in config.model and "bert" not in config.model:
             raise FieldError("model", f"must have gpt2 or bert in its name for mauve-text, got {config.model!r}")
-        problem = None if Path(config.model).is_dir() else hub_problem(config.model, "config.json")
+        problem = hub_problem(config.model, "config.json")
         if problem:
             raise FieldError("model", problem)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmmd_core import Codec, Features, Metric, Requirement, Slot, Subject, Value, slot
+from dmmd_core import Subject, Value
+from dmmd_metrics.labelled import LabelledSamples
 
 
 def mean_pairwise_distance(features: Tensor) -> tuple[float, float]:
@@ -27,34 +25,11 @@ def mean_pairwise_distance(features: Tensor) -> tuple[float, float]:
     return float(to_others.mean()), 2 * float(to_others.std()) / math.sqrt(num)
 
 
-class WithinClassDiversity(Metric):
+class WithinClassDiversity(LabelledSamples):
     """Mean distance in feature space between two samples drawn for the same label, averaged over the labels.
 
     Real data through the codec are the yardstick: less is a model that repeats itself, more one that strays.
     """
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """Parameters."""
-
-        features: Slot = slot("features", "small_classifier", help="feature network")
-
-    def __init__(self, config: WithinClassDiversity.Config, *, features: Features, codec: Codec) -> None:
-        self.config = config
-        self.network = features
-        self.codec = codec
-
-    @classmethod
-    def requires(cls, config: Any) -> Sequence[Requirement]:
-        """See `Component.requires`."""
-        return [
-            Requirement("data", "images", "to look at decoded images"),
-            Requirement("backbone", "labels", "to ask for classes"),
-        ]
-
-    def prepare(self) -> dict[str, float]:
-        """See `Metric.prepare`."""
-        return self.network.prepare()
 
     def evaluate(self, subject: Subject) -> list[Value]:
         """See `Metric.evaluate`; labels of fewer than two samples are left out."""

@@ -14,33 +14,22 @@ from dmmd_core import (
     Condition,
     Denoiser,
     Draws,
-    Process,
     Requirement,
-    Sampler,
     Samples,
     UnsupportedError,
     categorical_from_uniform,
-    guided,
 )
-from dmmd_samplers.shaped import ShapedConfig
+from dmmd_samplers.shaped import ShapedConfig, ShapedSampler, fix_tokens, times_of
 
 _MAX_STATES = 20_000
 
 
-class Ancestral(Sampler):
+class Ancestral(ShapedSampler):
     """One network call a step; logits are made only for the rows that are about to be drawn."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ShapedConfig):
         """Parameters."""
-
-    def __init__(
-        self, config: Ancestral.Config, *, process: Process, length: int, num_classes: int | None = None
-    ) -> None:
-        self.config = config
-        self.num_classes = num_classes
-        self.process = process
-        self.length = length
 
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
@@ -51,10 +40,6 @@ class Ancestral(Sampler):
     def requires(cls, config: Any) -> Sequence[Requirement]:
         """See `Component.requires`."""
         return config.requirements()
-
-    def prepared(self, denoiser: Denoiser) -> Denoiser:
-        """See `Sampler.prepared`."""
-        return guided(denoiser, self.config.guidance, self.num_classes)
 
     @torch.no_grad()
     def sample(
@@ -77,15 +62,12 @@ class Ancestral(Sampler):
         last = None
         for step in range(num_steps):
             now = draws.at_step(step)
-            t, z = self._fix(1 - step / num_steps, z, condition)
-            s, _ = self._fix(1 - (step + 1) / num_steps, z, condition)
+            z = fix_tokens(z, condition)
+            t, s = (times_of(1 - number / num_steps, z, condition) for number in (step, step + 1))
             prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
             to_draw = self.process.rows_to_draw(z, s, t, now)
             if last_step and step == num_steps - 1:
-                last = self.config.shape(prediction.log_probs()).unflatten(0, z.shape)
-                # What is not drawn stays as it is, whatever the denoiser says of it.
-                kept = torch.nn.functional.one_hot(z.clamp(max=last.shape[-1] - 1), last.shape[-1]).to(last).log()
-                last = torch.where(to_draw.unsqueeze(-1), last, kept)
+                last = self._last_log_probs(prediction, z, to_draw)
             index = to_draw.flatten().nonzero().squeeze(-1)
             uniform = now.uniform("x", z.shape[1:]).flatten()
             x = z.clamp(max=self.process.vocab_size - 1).flatten()
@@ -127,18 +109,6 @@ class Ancestral(Sampler):
             weights = moved
         clean = (states < self.process.vocab_size).all(-1)
         return weights[clean].cpu()
-
-    def _fix(self, time: float, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Times ``[batch]``, or per position with fixed ones at 0, and `z` with the fixed tokens put in."""
-        t = torch.full((z.shape[0],), time, dtype=torch.float64, device=z.device)
-        if condition.fixed is None:
-            return t, z
-        if condition.values is None:
-            raise ValueError("condition.fixed needs condition.values, the tokens at the fixed positions")
-        return (
-            torch.where(condition.fixed, 0.0, t.unsqueeze(-1)),
-            torch.where(condition.fixed, condition.values, z),
-        )
 
 
 def device_of(denoiser: Denoiser) -> torch.device:

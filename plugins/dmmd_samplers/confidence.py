@@ -14,15 +14,12 @@ from dmmd_core import (
     Condition,
     Denoiser,
     Draws,
-    Process,
     Requirement,
-    Sampler,
     Samples,
     categorical_from_uniform,
-    guided,
     option,
 )
-from dmmd_samplers.shaped import ShapedConfig
+from dmmd_samplers.shaped import ShapedConfig, ShapedSampler, fix_tokens, times_of
 
 
 def masked_share(step: int, num_steps: int) -> float:
@@ -30,7 +27,7 @@ def masked_share(step: int, num_steps: int) -> float:
     return math.sin(0.5 * math.pi * (1 - step / num_steps))
 
 
-class Confidence(Sampler):
+class Confidence(ShapedSampler):
     """Draws every masked position, keeps the surest and masks the others again, on a cosine schedule; one call a step.
 
     A position's confidence is ``log p(x) + confidence_temperature * (1 - (step + 1) / num_steps) * Gumbel noise``. The
@@ -46,13 +43,7 @@ class Confidence(Sampler):
             4.5, help="scale of the noise on confidences, which falls to 0 with the steps", minimum=0
         )
 
-    def __init__(
-        self, config: Confidence.Config, *, process: Process, length: int, num_classes: int | None = None
-    ) -> None:
-        self.config = config
-        self.process = process
-        self.length = length
-        self.num_classes = num_classes
+    config: Confidence.Config
 
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
@@ -63,10 +54,6 @@ class Confidence(Sampler):
     def requires(cls, config: Any) -> Sequence[Requirement]:
         """See `Component.requires`."""
         return [Requirement("process", "masks", "to mask unsure tokens again"), *config.requirements()]
-
-    def prepared(self, denoiser: Denoiser) -> Denoiser:
-        """See `Sampler.prepared`."""
-        return guided(denoiser, self.config.guidance, self.num_classes)
 
     @torch.no_grad()
     def sample(
@@ -85,7 +72,7 @@ class Confidence(Sampler):
         condition = condition or Condition()
         denoiser = self.prepared(denoiser)
         length = length or self.length
-        z = self._start(length, draws, condition)
+        z = fix_tokens(self.process.prior_sample(length, draws.at_step(0)), condition)
         free = (z == self.process.vocab_size).sum(-1)
         last = None
         for step in range(num_steps):
@@ -94,9 +81,7 @@ class Confidence(Sampler):
             prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
             masked = z == self.process.vocab_size
             if last_step and step == num_steps - 1:
-                last = self.config.shape(prediction.log_probs()).unflatten(0, z.shape)
-                kept = torch.nn.functional.one_hot(z.clamp(max=last.shape[-1] - 1), last.shape[-1]).to(last).log()
-                last = torch.where(masked.unsqueeze(-1), last, kept)
+                last = self._last_log_probs(prediction, z, masked)
             index = masked.flatten().nonzero().squeeze(-1)
             uniform = now.uniform("x", z.shape[1:]).flatten()
             x = z.flatten().clone()
@@ -110,14 +95,6 @@ class Confidence(Sampler):
             z = torch.where(_least_sure(sureness.view_as(z), count, noise, now), self.process.vocab_size, x.view_as(z))
         return Samples(z, last)
 
-    def _start(self, length: int, draws: Draws, condition: Condition) -> Tensor:
-        z = self.process.prior_sample(length, draws.at_step(0))
-        if condition.fixed is None:
-            return z
-        if condition.values is None:
-            raise ValueError("condition.fixed needs condition.values, the tokens at the fixed positions")
-        return torch.where(condition.fixed, condition.values, z)
-
     def _times(self, step: int, num_steps: int, z: Tensor, condition: Condition) -> Tensor:
         """Time at which the process masks the step's share, ``[batch]``; per position with fixed ones at 0."""
         wanted = 1 - masked_share(step, num_steps)
@@ -126,8 +103,7 @@ class Confidence(Sampler):
             middle = (low + high) / 2
             above = float(self.process.alpha(torch.tensor(middle, dtype=torch.float64))) > wanted
             low, high = (middle, high) if above else (low, middle)
-        t = torch.full((z.shape[0],), high, dtype=torch.float64, device=z.device)
-        return t if condition.fixed is None else torch.where(condition.fixed, 0.0, t.unsqueeze(-1))
+        return times_of(high, z, condition)
 
     def _remaining(self, step: int, num_steps: int, free: Tensor, masked: Tensor) -> Tensor:
         """How many positions are masked before a step, int64 ``[batch]``: at least one, and fewer than the step before.

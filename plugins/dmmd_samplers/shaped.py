@@ -1,13 +1,24 @@
-"""Parameters that every sampler of this package has: how predictions are shaped before a token is drawn."""
+"""What samplers of whole sequences share: how predictions are shaped, fixed tokens, and the last step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dmmd_core import Requirement, option, shape_log_probs
+from dmmd_core import (
+    Condition,
+    Denoiser,
+    Prediction,
+    Process,
+    Requirement,
+    Sampler,
+    guided,
+    option,
+    shape_log_probs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +46,52 @@ class ShapedConfig:
             Requirement("backbone", "labels", "to guide by labels", "guidance"),
             Requirement("teacher", "unlabelled", "(training with label dropout) to be guided", "guidance"),
         ]
+
+
+class ShapedSampler(Sampler):
+    """A sampler whose predictions are guided and shaped as its Config says.
+
+    Args:
+        config: A `ShapedConfig`.
+        process: The noise process.
+        length: Tokens of a whole sequence.
+        num_classes: Number of classes, for guidance.
+    """
+
+    def __init__(
+        self, config: ShapedConfig, *, process: Process, length: int, num_classes: int | None = None
+    ) -> None:
+        self.config = config
+        self.process = process
+        self.length = length
+        self.num_classes = num_classes
+
+    def prepared(self, denoiser: Denoiser) -> Denoiser:
+        """See `Sampler.prepared`."""
+        return guided(denoiser, self.config.guidance, self.num_classes)
+
+    def _last_log_probs(self, prediction: Prediction, z: Tensor, drawn: Tensor) -> Tensor:
+        """Shaped log-probabilities ``[batch, length, vocab]`` where a token is `drawn`; elsewhere `z` is certain."""
+        last = self.config.shape(prediction.log_probs()).unflatten(0, z.shape)
+        # What is not drawn stays as it is, whatever the denoiser says of it.
+        kept = torch.nn.functional.one_hot(z.clamp(max=last.shape[-1] - 1), last.shape[-1]).to(last).log()
+        return torch.where(drawn.unsqueeze(-1), last, kept)
+
+
+def fix_tokens(z: Tensor, condition: Condition) -> Tensor:
+    """Put the fixed tokens of a condition into ``[batch, length]``.
+
+    Raises:
+        ValueError: The condition says where tokens are fixed and not which.
+    """
+    if condition.fixed is None:
+        return z
+    if condition.values is None:
+        raise ValueError("condition.fixed needs condition.values, the tokens at the fixed positions")
+    return torch.where(condition.fixed, condition.values, z)
+
+
+def times_of(time: float, z: Tensor, condition: Condition) -> Tensor:
+    """One time for all, float64 ``[batch]``; ``[batch, length]`` with 0 at fixed positions where there are any."""
+    t = torch.full((z.shape[0],), time, dtype=torch.float64, device=z.device)
+    return t if condition.fixed is None else torch.where(condition.fixed, 0.0, t.unsqueeze(-1))

@@ -195,8 +195,16 @@ def test_what_was_decided_near_the_model_is_not_guided_again() -> None:
         model = ShapedDenoiser(teacher, guidance=scale, num_classes=CLASSES)
         assert guided(model, 2.0, CLASSES) is model
     assert guided(teacher, 1.0, None) is teacher
-    undecided = ShapedDenoiser(teacher, temperature=0.5)
-    assert guided(undecided, 2.0, CLASSES) is not undecided
+
+
+def test_a_sampler_that_guides_does_so_before_a_callers_temperature_and_nucleus() -> None:
+    teacher = Labelled("masked")
+    z, t = torch.tensor([[0, 3], [3, 3]]), torch.tensor([0.6, 0.9], dtype=torch.float64)
+    condition = Condition(label=torch.tensor([0, 1]))
+    settings = {"temperature": 0.6, "top_p": 0.7, "lowering": 2.0}
+    expected = ShapedDenoiser(teacher, guidance=2.0, num_classes=CLASSES, **settings)
+    given = guided(ShapedDenoiser(teacher, **settings), 2.0, CLASSES)
+    assert torch.equal(given(z, t, condition).log_probs(), expected(z, t, condition).log_probs())
 
 
 def test_guidance_without_labels_is_refused_and_not_ignored() -> None:
