@@ -11,28 +11,50 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmmd_core.errors import CheckpointError
+from dmmd_core.errors import CheckpointError, RunError
 
 MANIFEST = "manifest.json"
 _PREFIX = "step_"
 _TEMPORARY = ".incomplete-"
 
 
+@contextmanager
+def _told_if_it_cannot_be_written(path: Path, temporary: Path) -> Iterator[None]:
+    """Turn a full disk and the like into one error that names `path`; what was written by then is removed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"{path} cannot be written ({reason}); what was there before is intact: make room, or see that the "
+            "directory is writable, and run the same command to go on"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new content and nothing between."""
+    """Write a text file so that a reader sees the old or the new content and nothing between.
+
+    Raises:
+        RunError: The disk is full or refuses; the old content is intact.
+    """
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _told_if_it_cannot_be_written(path, temporary):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -46,8 +68,16 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     Args:
         path: The directory.
         fill: Writes the files into the directory that it is given.
+
+    Raises:
+        RunError: The disk is full or refuses; a directory that was there before is intact.
     """
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    with _told_if_it_cannot_be_written(path, temporary):
+        _write_directory(path, temporary, fill)
+
+
+def _write_directory(path: Path, temporary: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     fill(temporary)
@@ -154,10 +184,18 @@ def load_newest(directory: Path) -> Iterator[tuple[Path, CheckpointError | None]
             yield path, None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
-    for path in checkpoints(directory)[keep:]:
+def prune(directory: Path, keep: int, newest: Path) -> None:
+    """Remove all but so many checkpoints up to `newest`, and all beyond it: a run went on from before those."""
+    found = checkpoints(directory)
+    place = found.index(newest)
+    for path in found[:place] + found[place + keep :]:
         shutil.rmtree(path)
+
+
+def clear_incomplete(directory: Path) -> None:
+    """Remove what a process left behind that ended while it wrote."""
+    for path in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -91,6 +92,16 @@ def _guard(work: Callable[[], None]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = error.filename or "a file"
+        print(
+            f"dmmd: {what} cannot be written ({error.strerror}); finished work is safe: make room, and run the same "
+            "command to go on",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

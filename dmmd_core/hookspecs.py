@@ -83,6 +83,17 @@ def dmmd_after_checkpoint(run: Run, step: int, path: Path) -> None:
 
 
 @hookspec
+def dmmd_on_warning(run: Run, step: int, message: str) -> None:
+    """Called where a run goes on but somebody should look: a step was skipped, a student seems to collapse.
+
+    Args:
+        run: The run; ``run.stage`` tells the stage.
+        step: Steps done in the stage.
+        message: One sentence.
+    """
+
+
+@hookspec
 def dmmd_after_run(run: Run, error: BaseException | None) -> None:
     """Called once at the end, also of a run that failed or was interrupted.
 

@@ -28,7 +28,7 @@ from dmmd_core.checkpoint import (
 )
 from dmmd_core.distributed import require_single_process
 from dmmd_core.draws import Draws
-from dmmd_core.errors import Interrupted, RunError
+from dmmd_core.errors import CheckpointError, Interrupted, RunError
 from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Subject
 from dmmd_core.precision import AutocastSampler, choose_device, choose_precision
 from dmmd_core.recipe import TrainSection, differing_keys
@@ -88,6 +88,11 @@ class Run:
     def after_checkpoint(self, step: int, path: Path) -> None:
         """Tell the observers about a checkpoint."""
         self.registry.hooks.dmmd_after_checkpoint(run=self, step=step, path=path)
+
+    def warn(self, step: int, message: str) -> None:
+        """Say that somebody should look, and tell the observers."""
+        self.say(f"{self.stage}: {message}")
+        self.registry.hooks.dmmd_on_warning(run=self, step=step, message=message)
 
     # ---- the run --------------------------------------------------------------------------------------------
 
@@ -156,7 +161,7 @@ class Run:
     ) -> Denoiser:
         """Train, or load what was trained before; returns the averaged model on the run's device."""
         folder = self.directory / {"teacher": "teacher", "distill": "student"}.get(stage, stage)
-        if stage not in self.stages:
+        if stage not in self.stages or not self._is_whole(folder):
 
             def train() -> dict[str, Any]:
                 num_steps = self.plan.recipe.distill.num_steps if stage == "distill" else None
@@ -179,6 +184,15 @@ class Run:
         read_config(folder)
         load_weights(network, load_tensors(folder / "model.safetensors"), str(folder))
         return network.to(self.device).eval().requires_grad_(False)
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Whether a finished stage's model is undamaged; says what is wrong with it."""
+        try:
+            read_config(folder)
+        except CheckpointError as error:
+            self.say(f"{error}; it is made again from the stage's checkpoints")
+            return False
+        return True
 
     def _run_stage(self, stage: str, steps: int, work: Callable[[], dict[str, Any]]) -> None:
         """Do a stage's work once; its results survive on disk. Data are prepared in every process anew."""

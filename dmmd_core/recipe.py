@@ -43,6 +43,12 @@ class TrainSection:
     ema: float = option(0.999, help="decay of the moving average of the result's weights", minimum=0, below=1)
     log_every: int = option(50, help="steps between log lines", minimum=1)
     checkpoint_every: int = option(1000, help="steps between checkpoints", minimum=1)
+    skip_limit: int = option(
+        10,
+        help="steps that may be skipped, since a loss or gradient is not finite, before the run stops; never more than "
+        "a tenth of all",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

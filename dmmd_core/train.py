@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dmmd_core.checkpoint import (
+    clear_incomplete,
     flatten_optimizer,
     load_newest,
     load_tensors,
@@ -24,7 +26,7 @@ from dmmd_core.checkpoint import (
 from dmmd_core.draws import Draws
 from dmmd_core.ema import MovingAverage
 from dmmd_core.errors import Interrupted, RunError
-from dmmd_core.interfaces import Denoiser, Objective
+from dmmd_core.interfaces import Denoiser, Losses, Objective
 from dmmd_core.optim import learning_rate, make_optimizer
 from dmmd_core.precision import autocast
 from dmmd_core.recipe import TrainSection
@@ -82,13 +84,16 @@ class Trainer:
         }
         self.step = 0
         self.seconds = 0.0
+        self.skipped = 0
+        self.alarms: set[str] = set()
 
     def train(self) -> Trained:
         """Run from the newest checkpoint, if any, to the last step.
 
         Raises:
             Interrupted: The run was asked to stop; a checkpoint has been written.
-            RunError: A loss is not finite; the last checkpoint is kept.
+            RunError: Weights, metrics or too many steps were not finite, or the disk is full; the last checkpoint is
+                kept.
         """
         self.restore()
         metrics: dict[str, float] = {}
@@ -96,12 +101,12 @@ class Trainer:
         devices = [self.run.device] if self.run.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             while self.step < self.section.steps:
-                losses = self._one_step()
+                found = self._one_step()
                 self.step += 1
                 self.seconds = time.monotonic() - started
                 last = self.step == self.section.steps
                 if self.step % self.section.log_every == 0 or last:
-                    metrics = self._log(losses)
+                    metrics = self._log(found)
                 if self.step % self.section.checkpoint_every == 0 or last:
                     self.save()
                 elif self.run.stop_requested:
@@ -112,24 +117,27 @@ class Trainer:
         return Trained(model, self.seconds, metrics)
 
     def _one_step(self) -> dict[str, Tensor]:
+        """One turn; its metrics, none where the step was skipped."""
         section, step = self.section, self.step
         # Dropout and the like draw from torch's generator, which therefore starts anew at every step.
         torch.manual_seed(hash((self.run.seed, step)) & 0x7FFFFFFF)
-        draws = Draws.for_range(
-            self.run.seed, step, step * section.batch_size, section.batch_size, self.run.device
-        ).within(self.stage)
-        batch = self.run.assembly.data.training_batch(draws)
         turn = self.objective.turn(step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        with autocast(self.run.device, self.run.precision):
-            losses = self.objective.loss(turn, batch, draws)
-        torch.stack([loss.float() for loss in losses.by_player.values()]).sum().backward()
+        losses = self._backward(turn)
+        norms = {name: self._gradient_norm(name) for name in turn}
+        bad = _not_finite(
+            {f"loss of {name}": loss for name, loss in losses.by_player.items()}
+            | {f"gradient of {name}": norm for name, norm in norms.items()}
+        )
+        if bad:
+            self._skip(bad)
+            return {}
         rate = learning_rate(section.optimizer, step, section.steps)
         for name in turn:
             player, optimizer = self.players[name], self.optimizers[name]
             if section.optimizer.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(player.module.parameters(), section.optimizer.clip_norm)
+                clip_grads_with_norm_(player.module.parameters(), section.optimizer.clip_norm, norms[name])
             for group in optimizer.param_groups:
                 group["lr"] = rate * player.learning_rate_scale
             optimizer.step()
@@ -137,6 +145,36 @@ class Trainer:
             self.average.update(self.result)
         self.objective.after_update(step)
         return losses.metrics
+
+    def _backward(self, turn: tuple[str, ...]) -> Losses:
+        """Losses of this step's batch, their gradients left in the parameters."""
+        section, step = self.section, self.step
+        draws = Draws.for_range(
+            self.run.seed, step, step * section.batch_size, section.batch_size, self.run.device
+        ).within(self.stage)
+        batch = self.run.assembly.data.training_batch(draws)
+        with autocast(self.run.device, self.run.precision):
+            losses = self.objective.loss(turn, batch, draws)
+        torch.stack([loss.float() for loss in losses.by_player.values()]).sum().backward()
+        return losses
+
+    def _gradient_norm(self, name: str) -> Tensor:
+        parameters = self.players[name].module.parameters()
+        return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def _skip(self, bad: str) -> None:
+        """Leave a step out, and say so; give up where skipping cannot help or has been too frequent."""
+        self.skipped += 1
+        limit = min(self.section.skip_limit, self.section.steps // 10)
+        what = f"{bad} not finite at step {self.step + 1} of {self.stage}"
+        kept = f"the last checkpoint in {self.directory} is kept; lower the learning rate or look at the data"
+        broken = _not_finite({f"weights of {name}": _sum(player.module) for name, player in self.players.items()})
+        if broken:
+            raise RunError(f"{what}, and so are the {broken}; {kept}")
+        if self.skipped > limit:
+            allowed = f"{limit} of {self.section.steps} steps may be skipped (skip_limit)"
+            raise RunError(f"{what}, and {allowed}; {kept}")
+        self.run.warn(self.step + 1, f"{what}; the step is skipped, {self.skipped} of at most {limit}")
 
     def _log(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         values = {name: float(value) for name, value in metrics.items()}
@@ -146,12 +184,30 @@ class Trainer:
                 f"{', '.join(bad)} not finite at step {self.step} of {self.stage}; the last checkpoint in "
                 f"{self.directory} is kept; lower the learning rate or look at the data"
             )
+        alarms = self.objective.alarms(values) if values else {}
+        for name, message in alarms.items():
+            if name not in self.alarms:
+                self.run.warn(self.step, f"{message} (step {self.step})")
+        self.alarms = set(alarms)
+        if self.skipped:
+            values["skipped_steps"] = float(self.skipped)
         values["learning_rate"] = learning_rate(self.section.optimizer, self.step - 1, self.section.steps)
         self.run.after_step(self.step, values)
         return values
 
     def save(self) -> None:
-        """Write a checkpoint of the whole training state."""
+        """Write a checkpoint of the whole training state.
+
+        Raises:
+            RunError: Weights are not finite, or the disk is full; the checkpoint before is kept.
+        """
+        models = {name: player.module for name, player in self.players.items()}
+        broken = _not_finite({f"weights of {name}": _sum(model) for name, model in models.items()})
+        if broken:
+            raise RunError(
+                f"{broken} not finite after step {self.step} of {self.stage}; the last checkpoint in {self.directory} "
+                "is kept; lower the learning rate or look at the data"
+            )
         tensors: dict[str, Tensor] = {}
         for name, player in self.players.items():
             tensors.update({f"player/{name}/{key}": v for key, v in player.module.state_dict().items()})
@@ -160,18 +216,22 @@ class Trainer:
         state: dict[str, Any] = {
             "stage": self.stage,
             "seconds": self.seconds,
+            "skipped": self.skipped,
             "average_updates": self.average.updates,
             "objective": dict(self.objective.state()),
         }
         path = save_checkpoint(self.directory, self.step, tensors, state)
-        prune(self.directory, self.run.plan.recipe.run.keep_checkpoints)
+        prune(self.directory, self.run.plan.recipe.run.keep_checkpoints, path)
         self.run.after_checkpoint(self.step, path)
 
     def restore(self) -> None:
         """Continue from the newest checkpoint that is whole; say which ones were not."""
+        clear_incomplete(self.directory)
+        damaged = False
         for path, problem in load_newest(self.directory):
             if problem is not None:
                 self.run.say(f"{problem}; trying the checkpoint before it")
+                damaged = True
                 continue
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             tensors = load_tensors(path / "state.safetensors")
@@ -182,8 +242,22 @@ class Trainer:
             self.average.updates = state["average_updates"]
             self.objective.load_state(state["objective"])
             self.step, self.seconds = state["step"], state["seconds"]
+            self.skipped = state.get("skipped", 0)
             self.run.say(f"{self.stage}: going on from step {self.step}")
             return
+        if damaged:
+            self.run.say(f"no checkpoint in {self.directory} is whole; {self.stage} begins anew")
+
+
+def _sum(module: nn.Module) -> Tensor:
+    """A number that is finite only if all weights are."""
+    return torch.stack([parameter.detach().float().abs().amax() for parameter in module.parameters()]).sum()
+
+
+def _not_finite(values: dict[str, Tensor]) -> str:
+    """Names of what is not finite, joined; empty where all is."""
+    numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
+    return ", ".join(name for name, number in zip(values, numbers, strict=True) if not math.isfinite(number))
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from dmmd_core import load_plugins
+from dmmd_core.pipeline import Run
+from dmmd_core.plugins import GROUP
+from dmmd_core.resolve import resolve
+from dmmd_core.saved import recipe_from_plain
+from dmmd_core.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -42,6 +50,30 @@ def tiny_recipe(directory: Path, **sections: Any) -> dict[str, Any]:
     }
     recipe.update(sections)
     return recipe
+
+
+def make_run(recipe: dict[str, Any]) -> Run:
+    """A run without observers, for tests that drive the loop by hand."""
+    registry = load_plugins(entry for entry in entry_points(group=GROUP) if entry.name != "reporting")
+    return Run(resolve(recipe_from_plain(recipe, "recipe"), registry), registry)
+
+
+def make_trainer(tmp_path: Path, **changes: Any) -> tuple[Run, Trainer]:
+    """The trainer of a distillation of a tiny transformer with dropout."""
+    recipe = tiny_recipe(tmp_path, teacher={"objective": {"name": "denoising"}, "train": {"steps": 1}})
+    recipe["distill"] = {"num_steps": 2, "steps": 4, "batch_size": 4, **changes}
+    recipe["backbone"] = {"name": "transformer", "params": {"width": 8, "heads": 1, "depth": 1, "dropout": 0.5}}
+    run = make_run(recipe)
+    run.stage = "distill"
+    network = run.assembly.network()
+    objective = run.assembly.objective(
+        run.plan.objective,
+        network=run.assembly.generator(run.assembly.backbone()),
+        teacher=network,
+        copy_teacher=run.assembly.network,
+        num_steps=2,
+    )
+    return run, Trainer(run, "distill", objective, run.plan.recipe.distill, tmp_path / "checkpoints")
 
 
 def write_recipe(directory: Path, recipe: dict[str, Any]) -> Path:

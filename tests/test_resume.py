@@ -65,12 +65,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["initialize", "distill"])
-def test_sigint_leaves_a_checkpoint_and_the_run_goes_on_bit_for_bit(stage: str, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "number"), [("initialize", signal.SIGINT), ("distill", signal.SIGTERM)])
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bit_for_bit(
+    stage: str, number: signal.Signals, whole: Path, tmp_path: Path
+) -> None:
     recipe = _recipe(tmp_path, "a")
     process = _start(recipe)
     _wait_for(recipe.parent / "run" / "checkpoints" / stage / "step_000000007", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "run the same command to go on" in stderr

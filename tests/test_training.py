@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import RECIPES, tiny_recipe
+from helpers import RECIPES, make_run, make_trainer, tiny_recipe
 from torch import nn
 
 from dmmd_core import RunError, load_plugins
 from dmmd_core.ema import MovingAverage
 from dmmd_core.optim import learning_rate
 from dmmd_core.pipeline import Run
-from dmmd_core.plugins import GROUP
 from dmmd_core.recipe import OptimizerSection, load_recipe
 from dmmd_core.resolve import resolve
-from dmmd_core.saved import recipe_from_plain
-from dmmd_core.train import Trainer
-
-
-def _run(recipe: dict[str, Any]) -> Run:
-    # Without observers, since these tests drive the loop by hand and not through a whole run.
-    registry = load_plugins(entry for entry in entry_points(group=GROUP) if entry.name != "reporting")
-    return Run(resolve(recipe_from_plain(recipe, "recipe"), registry), registry)
-
-
-def _distillation(tmp_path: Path, **changes: Any) -> tuple[Run, Trainer]:
-    recipe = tiny_recipe(tmp_path, teacher={"objective": {"name": "denoising"}, "train": {"steps": 1}})
-    recipe["distill"] = {"num_steps": 2, "steps": 4, "batch_size": 4, **changes}
-    recipe["backbone"] = {"name": "transformer", "params": {"width": 8, "heads": 1, "depth": 1, "dropout": 0.5}}
-    run = _run(recipe)
-    network = run.assembly.network()
-    objective = run.assembly.objective(
-        run.plan.objective,
-        network=run.assembly.generator(run.assembly.backbone()),
-        teacher=network,
-        copy_teacher=run.assembly.network,
-        num_steps=2,
-    )
-    return run, Trainer(run, "distill", objective, run.plan.recipe.distill, tmp_path / "checkpoints")
 
 
 def test_the_frozen_teacher_is_in_evaluation_mode_without_gradients(tmp_path: Path) -> None:
-    _, trainer = _distillation(tmp_path)
+    _, trainer = make_trainer(tmp_path)
     teacher = trainer.objective.frozen()["teacher"]
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     trainer.train()
@@ -57,7 +31,7 @@ def test_the_frozen_teacher_is_in_evaluation_mode_without_gradients(tmp_path: Pa
 
 
 def test_both_players_move_and_the_result_is_averaged(tmp_path: Path) -> None:
-    _, trainer = _distillation(tmp_path, ema=0.5)
+    _, trainer = make_trainer(tmp_path, ema=0.5)
     before = {
         name: [parameter.clone() for parameter in player.module.parameters()]
         for name, player in trainer.players.items()
@@ -74,14 +48,14 @@ def test_both_players_move_and_the_result_is_averaged(tmp_path: Path) -> None:
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
-    _, trainer = _distillation(tmp_path)
+    _, trainer = make_trainer(tmp_path)
     before = torch.get_rng_state()
     trainer.train()
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_reason(tmp_path: Path) -> None:
-    _, trainer = _distillation(tmp_path, log_every=1)
+    _, trainer = make_trainer(tmp_path, log_every=1)
     with torch.no_grad():
         next(iter(trainer.players["student"].module.parameters())).fill_(torch.nan)
     with pytest.raises(RunError, match=r"not finite at step 1 of distill"):
@@ -146,7 +120,7 @@ def test_bfloat16_runs_train_and_sample_in_it_and_keep_float32_weights(tmp_path:
     recipe = tiny_recipe(tmp_path)
     recipe["run"]["precision"] = "bfloat16"
     recipe["evaluate"]["metrics"] = [{"name": "total_variation", "params": {"num_samples": 200, "batch_size": 50}}]
-    run = _run(recipe)
+    run = make_run(recipe)
     seen: set[torch.dtype] = set()
     head = type(run.assembly.backbone()).head
 

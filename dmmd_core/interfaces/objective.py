@@ -66,13 +66,27 @@ class Objective(Component, ABC):
 
     @abstractmethod
     def loss(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> Losses:
-        """Compute the losses of the players whose turn it is.
+        """Compute the losses of the players whose turn it is, and metrics: means over the batch's examples.
+
+        The loop may hand a batch over in parts, to one process or to several, and averages what it gets.
 
         Args:
             turn: Names from `turn`.
             batch: Training examples.
             draws: All randomness of this step.
         """
+
+    def alarms(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """What in logged metrics tells that training goes wrong without failing, such as a student that collapses.
+
+        Args:
+            metrics: Scalars of a step, those of `Losses.metrics`.
+
+        Returns:
+            By name, one sentence each on what was seen and what to do. An alarm is raised when it appears, and again
+            only after it has been gone.
+        """
+        return {}
 
     def after_update(self, step: int) -> None:
         """Called after the optimisers have stepped, for example to replace the teacher by its student."""

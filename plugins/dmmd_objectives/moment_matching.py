@@ -7,7 +7,7 @@ learns the average of the teacher and of the student's own E[x | z_s]; the stude
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ from dmmd_core import (
     times_per_sample,
     training_condition,
 )
+
+_NEAR = 0.1  # of alarm_gap: where the auxiliary is so near the teacher, the student has not collapsed
 
 
 class MomentMatching(Objective):
@@ -69,6 +71,16 @@ class MomentMatching(Objective):
             1e-6, help="smallest teacher and auxiliary probability in the student's loss", above=0, below=1
         )
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
+        alarm_gap: float = option(
+            0.25, help="mean distance (total variation) between teacher and auxiliary that raises an alarm; 1 for none",
+            above=0, maximum=1,
+        )
+        alarm_entropy: float = option(
+            1e-3,
+            help="student entropy, in nats per token, that raises an alarm unless the auxiliary is near the teacher; 0 "
+            "for none",
+            minimum=0,
+        )
 
     def __init__(
         self,
@@ -134,6 +146,27 @@ class MomentMatching(Objective):
         if self.config.turns == "joint":
             return ("student", "auxiliary")
         return ("auxiliary",) if step % 2 else ("student",)
+
+    def alarms(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """See `Objective.alarms`.
+
+        A student that lays all its mass on single tokens may be right (one step from input noise to a sample), so that
+        a low entropy alone is none: the auxiliary, which learns what it draws, must differ from the teacher too.
+        """
+        entropy, gap = metrics["student_entropy"], metrics["teacher_auxiliary_gap"]
+        found = {}
+        if gap > self.config.alarm_gap < 1:
+            found["gap"] = (
+                f"the auxiliary is far from the teacher (mean distance {gap:.3g}, alarm_gap "
+                f"{self.config.alarm_gap:g}); the student may be drifting away: look at its samples, lower the learning rate"
+            )
+        if entropy < self.config.alarm_entropy and gap > _NEAR * self.config.alarm_gap:
+            found["entropy"] = (
+                f"the student's entropy is {entropy:.3g} nats per token (alarm_entropy {self.config.alarm_entropy:g}) "
+                f"and the auxiliary {gap:.3g} from the teacher; the student may have collapsed: look at its samples, "
+                "lower the learning rate or go back to an earlier checkpoint"
+            )
+        return found
 
     def draw_times(self, draws: Draws, shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw s ~ U(0, 1) and the t it comes from; float64 ``[batch, *shape]`` each.

@@ -6,8 +6,11 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dmmd_core import RunError
 
 if TYPE_CHECKING:
     from dmmd_core import Run
@@ -38,21 +41,32 @@ class Log:
         )
 
     def write(self, event: str, **content: Any) -> None:
-        """Append one event with the time in seconds since the epoch; numbers that are not finite become text."""
-        if self._file is None:
-            # A line cut short by a crash must not swallow the next one.
-            torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-            self._file = self.path.open("a", encoding="utf-8")
-            if torn and self.path.stat().st_size:
-                self._file.write("\n")
+        """Append one event with the time in seconds since the epoch; numbers that are not finite become text.
+
+        Raises:
+            RunError: The disk is full or refuses.
+        """
         entry = _finite({"time": round(time.time(), 3), "event": event, **content})
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            if self._file is None:
+                # A line cut short by a crash must not swallow the next one.
+                torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+                self._file = self.path.open("a", encoding="utf-8")
+                if torn and self.path.stat().st_size:
+                    self._file.write("\n")
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written ({error.strerror}); finished work is safe: make room, and run the same "
+                "command to go on"
+            ) from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; a last line that a full disk refuses has been told of."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
             self._file = None
 
 

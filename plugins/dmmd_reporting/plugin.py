@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from dmmd_core import hookimpl
+from dmmd_core import RunError, hookimpl
 
 if TYPE_CHECKING:
     from dmmd_core import Run
@@ -44,6 +45,11 @@ class Reporting:
         self._reporters[run][1].write("checkpoint", stage=run.stage, step=step, path=str(path))
 
     @hookimpl
+    def dmmd_on_warning(self, run: Run, step: int, message: str) -> None:
+        """Log the warning; the terminal has shown it."""
+        self._reporters[run][1].write("warning", stage=run.stage, step=step, message=message)
+
+    @hookimpl
     def dmmd_after_stage(self, run: Run, stage: str, results: Mapping[str, Any]) -> None:
         """Close the stage's bar; after the evaluation draw pictures and write the reports."""
         terminal, log = self._reporters[run]
@@ -60,7 +66,9 @@ class Reporting:
             return
         terminal, log = reporters
         terminal.stop()
-        log.write("end", error=None if error is None else f"{type(error).__name__}: {error}")
+        # After an error, which may be a full disk, that is what must be told.
+        with suppress(RunError) if error else nullcontext():
+            log.write("end", error=None if error is None else f"{type(error).__name__}: {error}")
         log.close()
         if error is None:
             if not all((run.directory / name).exists() for name in ("report.md", "report.html")):
@@ -77,5 +85,6 @@ _reporting = Reporting()
 dmmd_before_run = _reporting.dmmd_before_run
 dmmd_after_step = _reporting.dmmd_after_step
 dmmd_after_checkpoint = _reporting.dmmd_after_checkpoint
+dmmd_on_warning = _reporting.dmmd_on_warning
 dmmd_after_stage = _reporting.dmmd_after_stage
 dmmd_after_run = _reporting.dmmd_after_run
