@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dmmd_core.pipeline import Run
+    from dmmd_core.registry import Registry
     from dmmd_core.saved import SavedModel
 
 EXIT_CODES = "exit codes: 0 done; 1 internal error; 2 bad recipe, plugin, data or checkpoint; 130 interrupted"
@@ -33,11 +34,14 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="validate, build on the meta device, print sizes, stop")
     mode.add_argument("--smoke", action="store_true", help="the same pipeline shrunk to minutes; result thrown away")
+    mode.add_argument(
+        "--conformance", metavar="KIND:NAME", help="hold a component against the contract; its params as key=value"
+    )
     mode.add_argument("--plugins", action="store_true", help="list all components and who provides them")
     options = parser.parse_intermixed_args(arguments)
     _let_threads_sleep()
-    if not options.plugins and options.recipe is None:
-        parser.error("give a recipe, or --plugins")
+    if not options.plugins and not options.conformance and options.recipe is None:
+        parser.error("give a recipe, --plugins, or --conformance")
     return _guard(lambda: _run(options))
 
 
@@ -115,6 +119,10 @@ def _run(options: argparse.Namespace) -> None:
         print_plugins(registry)
         return
 
+    if options.conformance:
+        _conformance(options, registry)
+        return
+
     from dmmd_core.pipeline import Run
     from dmmd_core.recipe import load_recipe
     from dmmd_core.resolve import resolve
@@ -140,6 +148,26 @@ def _run(options: argparse.Namespace) -> None:
         return
     _stop_on_signals(run)
     run.execute()
+
+
+def _conformance(options: argparse.Namespace, registry: Registry) -> None:
+    """Print how a component keeps the contract of its kind; raises a `PluginError` where it does not."""
+    import torch
+
+    from dmmd_core.errors import PluginError
+    from dmmd_core.recipe import read_settings
+    from dmmd_core.testing import judge
+
+    kind, colon, name = options.conformance.partition(":")
+    if not colon or not name:
+        raise PluginError(f"--conformance takes KIND:NAME, such as process:my_process, got {options.conformance!r}")
+    settings = [text for text in (options.recipe, *options.overrides) if text is not None]
+    torch.set_num_threads(1)  # the kit's sizes are tiny
+    report = judge(name, read_settings(settings) if settings else None, kind=kind, registry=registry)
+    print(report)
+    if not report.holds:
+        broken = ", ".join(outcome.clause for outcome in report.failures)
+        raise PluginError(f"{kind} {name!r} breaks {len(report.failures)} of {len(report.outcomes)} clauses: {broken}")
 
 
 def _stop_on_signals(run: Run) -> None:

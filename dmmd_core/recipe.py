@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -177,6 +177,19 @@ def load_recipe(
     problems.raise_if_any()
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def read_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` texts, as overrides are written, into plain containers.
+
+    Raises:
+        RecipeError: A text is no ``key=value``, or cannot be applied.
+    """
+    config, problems = OmegaConf.create({}), Problems(Source("command line"))
+    for text in texts:
+        _apply_override(config, text, {}, problems)
+    problems.raise_if_any()
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
 
 
 def _apply_override(config: Any, text: str, texts: dict[str, str], problems: Problems) -> None:

@@ -49,7 +49,9 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | {"checkpoint", "ema", "optim", "precision", "recipe"},
     "pipeline": BASE | {"assemble", "checkpoint", "distributed", "precision", "recipe", "registry", "resolve", "saved"}
     | {"schema", "train"},
-    "cli": {"errors", "listing", "media", "pipeline", "plugins", "precision", "recipe", "resolve", "saved", "smoke"},
+    "testing": BASE | {"assemble", "plugins", "registry", "resolve", "schema"},
+    "cli": {"errors", "listing", "media", "pipeline", "plugins", "precision", "recipe", "resolve", "saved", "smoke"}
+    | {"testing"},
 }  # fmt: skip
 
 
@@ -143,6 +145,8 @@ OTHER_MEANINGS = {
     ("codec", "text"): "what tokens stand for",
     ("media", "text"): "what tokens stand for",
     ("saved", "text"): "what tokens stand for",
+    ("worlds", "text"): "a capability",
+    ("data", "text"): "what tokens stand for",
     ("recipe", "linear"): "how the learning rate falls",
     ("recipe", "cosine"): "how the learning rate falls",
     ("optim", "linear"): "how the learning rate falls",

@@ -187,9 +187,9 @@ class GenerativePerplexity(Metric):
         counts = torch.cat([part[1] for part in parts]).double()
         mean = losses.sum() / counts.sum()
         residual = losses - mean * counts
-        error = residual.square().sum().sqrt() / counts.sum() if len(losses) > 1 else torch.tensor(math.nan)
         value = float(mean.exp())
-        return [Value("generative_perplexity", value, value * float(error), self.reference.reference_name, len(losses))]
+        error = value * float(residual.square().sum().sqrt() / counts.sum()) if len(losses) > 1 else None
+        return [Value("generative_perplexity", value, error, self.reference.reference_name, len(losses))]
 
 
 class NgramDivergence(Metric):
