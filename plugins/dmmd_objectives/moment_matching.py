@@ -158,7 +158,8 @@ class MomentMatching(Objective):
         if gap > self.config.alarm_gap < 1:
             found["gap"] = (
                 f"the auxiliary is far from the teacher (mean distance {gap:.3g}, alarm_gap "
-                f"{self.config.alarm_gap:g}); the student may be drifting away: look at its samples, lower the learning rate"
+                f"{self.config.alarm_gap:g}); the student may be drifting away: look at its samples, lower the "
+                "learning rate"
             )
         if entropy < self.config.alarm_entropy and gap > _NEAR * self.config.alarm_gap:
             found["entropy"] = (
