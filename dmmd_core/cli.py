@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from dmmd_core.pipeline import Run
     from dmmd_core.registry import Registry
+    from dmmd_core.resolve import Plan
     from dmmd_core.saved import SavedModel
 
 EXIT_CODES = "exit codes: 0 done; 1 internal error; 2 bad recipe, plugin, data or checkpoint; 130 interrupted"
@@ -33,16 +35,23 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, e.g. run.seed=1")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="validate, build on the meta device, print sizes, stop")
+    mode.add_argument("--dry-run", action="store_true", help="list the stages and what is done already, stop")
     mode.add_argument("--smoke", action="store_true", help="the same pipeline shrunk to minutes; result thrown away")
+    mode.add_argument("--plugins", action="store_true", help="list all components and who provides them")
+    mode.add_argument("--explain", metavar="NAME", help="tell all about one component, NAME or KIND:NAME")
     mode.add_argument(
         "--conformance", metavar="KIND:NAME", help="hold a component against the contract; its params as key=value"
     )
-    mode.add_argument("--plugins", action="store_true", help="list all components and who provides them")
+    mode.add_argument("--copy-recipes", metavar="DIR", help="copy the recipes that come with dmmd into a folder")
+    _add_common(parser)
     options = parser.parse_intermixed_args(arguments)
-    _let_threads_sleep()
-    if not options.plugins and not options.conformance and options.recipe is None:
-        parser.error("give a recipe, --plugins, or --conformance")
-    return _guard(lambda: _run(options))
+    _set_up(options)
+    alone = options.plugins or options.explain or options.conformance or options.copy_recipes
+    if not alone and options.recipe is None:
+        parser.error("give a recipe, or one of --plugins, --explain, --conformance, --copy-recipes")
+    if (options.plugins or options.explain or options.copy_recipes) and options.recipe is not None:
+        parser.error(f"this mode takes no recipe, got {options.recipe!r}")
+    return _guard(lambda: _answer(options, _run))
 
 
 def sample_command(arguments: Sequence[str] | None = None) -> int:
@@ -67,9 +76,40 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--out", default="samples", help="folder to write to (default: samples)")
+    _add_common(parser)
     options = parser.parse_args(arguments)
+    _set_up(options)
+    return _guard(lambda: _answer(options, _sample))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin", metavar="FILE", action="append", default=[], help="a Python file with hooks, used as a plugin"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors and what was asked for, no progress")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output; implies --quiet")
+
+
+def _set_up(options: argparse.Namespace) -> None:
     _let_threads_sleep()
-    return _guard(lambda: _sample(options))
+    options.quiet = options.quiet or options.json
+    if options.quiet:
+        os.environ["DMMD_QUIET"] = "1"  # heard by `dmmd_core.progress`
+
+
+def _answer(options: argparse.Namespace, work: Callable[[argparse.Namespace], Any]) -> None:
+    """Do the work; with ``--json`` print what it returns, or its error, as one document."""
+    try:
+        told = work(options)
+    except DmmdError as error:
+        if options.json:
+            told = {"error": str(error), "exit_code": error.exit_code}
+            if isinstance(error, RecipeError):
+                told["problems"] = [vars(problem) for problem in error.problems]
+            print(json.dumps(told, indent=2))
+        raise
+    if options.json:
+        print(json.dumps(told, indent=2))
 
 
 def _let_threads_sleep() -> None:
@@ -109,54 +149,103 @@ def _guard(work: Callable[[], None]) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> Any:
+    """Do what the options ask for; returns what ``--json`` prints."""
+    if options.copy_recipes:
+        return _copy_recipes(options)
+
     from dmmd_core.plugins import load_plugins
 
-    registry = load_plugins()
-    if options.plugins:
-        from dmmd_core.listing import print_plugins
-
-        print_plugins(registry)
-        return
-
+    registry = load_plugins(files=options.plugin)
+    if options.plugins or options.explain:
+        return _list(options, registry)
     if options.conformance:
-        _conformance(options, registry)
-        return
+        return _conformance(options, registry)
 
     from dmmd_core.pipeline import Run
     from dmmd_core.recipe import load_recipe
     from dmmd_core.resolve import resolve
 
     recipe = load_recipe(options.recipe, options.overrides)
-    # Neither --check nor --smoke needs the data, paths or libraries of the full run to be there.
-    plan = resolve(recipe, registry, outside=not options.check and not options.smoke)
+    # Neither these modes nor --smoke needs the data, paths or libraries of the full run to be there.
+    plan = resolve(recipe, registry, outside=not (options.check or options.smoke or options.dry_run))
+    if options.dry_run:
+        return _dry_run(options, plan)
     if options.smoke:
         from dmmd_core.smoke import clear_smoke_directory, smoke_settings
 
         recipe = load_recipe(options.recipe, options.overrides, background=smoke_settings(plan, options.overrides))
         plan = resolve(recipe, registry)
         clear_smoke_directory(recipe.run.directory)
-    run = Run(plan, registry)
+    run = Run(plan, registry, quiet=options.quiet)
     if options.check:
-        from dmmd_core.listing import print_check
-
-        print_check(run)
-        try:
-            resolve(recipe, registry)
-        except RecipeError as error:
-            print(f"\nWhat the run needs and does not find here:\n{error}")
-        return
+        return _check(options, run, registry)
     _stop_on_signals(run)
     run.execute()
+    return {"directory": str(run.directory), "stages": run.stages, "metrics": run.metrics}
 
 
-def _conformance(options: argparse.Namespace, registry: Registry) -> None:
-    """Print how a component keeps the contract of its kind; raises a `PluginError` where it does not."""
+def _copy_recipes(options: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    from dmmd_core.shipped import copy_recipes
+
+    paths = [str(path) for path in copy_recipes(Path(options.copy_recipes))]
+    if not options.quiet:
+        print("\n".join(paths))
+    return {"files": paths}
+
+
+def _list(options: argparse.Namespace, registry: Registry) -> Any:
+    from dmmd_core import listing
+
+    if options.plugins:
+        if not options.json:
+            listing.print_plugins(registry)
+        return listing.plugins_as_data(registry)
+    entries = listing.find_entries(registry, options.explain)
+    if not options.json:
+        for entry in entries:
+            listing.print_explanation(entry)
+    return [listing.explain_as_data(entry) for entry in entries]
+
+
+def _dry_run(options: argparse.Namespace, plan: Plan) -> Any:
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from dmmd_core.agenda import agenda
+    from dmmd_core.listing import print_agenda
+
+    items, directory = agenda(plan), Path(plan.recipe.run.directory)
+    if not options.json:
+        print_agenda(items, directory)
+    return {"directory": str(directory), "stages": [asdict(item) for item in items]}
+
+
+def _check(options: argparse.Namespace, run: Run, registry: Registry) -> Any:
+    from dmmd_core.listing import check_as_data, print_check
+    from dmmd_core.resolve import resolve
+
+    told = check_as_data(run)
+    if not options.json:
+        print_check(run)
+    try:
+        resolve(run.plan.recipe, registry)
+    except RecipeError as error:
+        told["missing"] = [vars(problem) for problem in error.problems]
+        if not options.json:
+            print(f"\nWhat the run needs and does not find here:\n{error}")
+    return told
+
+
+def _conformance(options: argparse.Namespace, registry: Registry) -> Any:
+    """Print how a component keeps the contract of its kind; raises a `ConformanceError` where it does not."""
     import torch
 
     from dmmd_core.errors import PluginError
     from dmmd_core.recipe import read_settings
-    from dmmd_core.testing import judge
+    from dmmd_core.testing import ConformanceError, judge
 
     kind, colon, name = options.conformance.partition(":")
     if not colon or not name:
@@ -164,10 +253,11 @@ def _conformance(options: argparse.Namespace, registry: Registry) -> None:
     settings = [text for text in (options.recipe, *options.overrides) if text is not None]
     torch.set_num_threads(1)  # the kit's sizes are tiny
     report = judge(name, read_settings(settings) if settings else None, kind=kind, registry=registry)
-    print(report)
+    if not options.quiet:
+        print(report)
     if not report.holds:
-        broken = ", ".join(outcome.clause for outcome in report.failures)
-        raise PluginError(f"{kind} {name!r} breaks {len(report.failures)} of {len(report.outcomes)} clauses: {broken}")
+        raise ConformanceError(report)
+    return report.plain()
 
 
 def _stop_on_signals(run: Run) -> None:
@@ -181,11 +271,12 @@ def _stop_on_signals(run: Run) -> None:
         signal.signal(number, request_stop)
 
 
-def _sample(options: argparse.Namespace) -> None:
+def _sample(options: argparse.Namespace) -> Any:
     from pathlib import Path
 
     from dmmd_core.errors import RunError
     from dmmd_core.media import write_media
+    from dmmd_core.plugins import load_plugins
     from dmmd_core.precision import choose_device
     from dmmd_core.saved import load_student, load_teacher
 
@@ -193,7 +284,8 @@ def _sample(options: argparse.Namespace) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"--out: {out} is a file; give a folder")
     load = load_student if options.model == "student" else load_teacher
-    model = load(options.path, device=choose_device(options.device))
+    registry = load_plugins(files=options.plugin)
+    model = load(options.path, device=choose_device(options.device), registry=registry)
     try:
         tokens = model.sample(
             options.num,
@@ -210,7 +302,10 @@ def _sample(options: argparse.Namespace) -> None:
         raise RunError(str(error)) from error
     steps = options.steps or model.trained_num_steps
     written = write_media(model.codec, tokens, out, f"{options.model}_{steps}_seed{options.seed}")
-    print("\n".join(str(path) for path in written))
+    files = [str(path) for path in written]
+    if not options.quiet:
+        print("\n".join(files))
+    return {"files": files, "model": options.model, "steps": steps, "num": options.num, "seed": options.seed}
 
 
 def _template(options: argparse.Namespace, model: SavedModel) -> Tensor | None:

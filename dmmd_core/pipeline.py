@@ -54,9 +54,10 @@ class Run:
         stages: Finished stages: name to ``{"seconds": ..., "results": {...}}``.
         metrics: The content of ``metrics.json``.
         stop_requested: Set by a signal handler; the run stops at the next step with a checkpoint.
+        quiet: Whether observers should print nothing; logs and reports are written all the same.
     """
 
-    def __init__(self, plan: Plan, registry: Registry) -> None:
+    def __init__(self, plan: Plan, registry: Registry, *, quiet: bool = False) -> None:
         require_single_process()
         self.plan = plan
         self.registry = registry
@@ -70,7 +71,8 @@ class Run:
         self.stages: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {"schema": METRICS_SCHEMA, "facts": {}, "results": [], "timing": {}}
         self.stop_requested = False
-        self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+        self.quiet = quiet
+        self.say: Callable[[str], None] = lambda text: None if quiet else print(text, file=sys.stderr)
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
         self.assembly = Assembly(plan, self.directory / "cache")
         self.samplers = {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
+import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -18,13 +23,24 @@ GROUP = "dmmd.plugins"
 DISABLE = "DMMD_DISABLE_PLUGINS"
 
 
-def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
-    """Load every plugin that is installed and not disabled.
+@dataclass(frozen=True)
+class _Found:
+    """A plugin that has not been imported yet."""
+
+    provider: Provider
+    origin: str
+    load: Callable[[], Any]
+
+
+def load_plugins(entries: Iterable[EntryPoint] | None = None, *, files: Iterable[str | Path] = ()) -> Registry:
+    """Load every plugin that is installed and not disabled, and plugins that are single files.
 
     ``DMMD_DISABLE_PLUGINS`` names plugins (comma separated) that are not even imported.
 
     Args:
         entries: Entry points to load instead of the installed ones of group ``dmmd.plugins``.
+        files: Python files with hooks (``--plugin``), each a plugin of the file's name without a package; its version
+            is a digest of its content.
 
     Returns:
         The frozen registry of components, with the observers' hooks.
@@ -33,8 +49,10 @@ def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
         PluginError: Two plugins of one name, an import that fails, a component that breaks its contract, two
             providers of one component, an unknown hook; names plugin, package and version.
     """
-    found = sorted(entry_points(group=GROUP) if entries is None else entries, key=lambda entry: entry.name)
-    known = {entry.name for entry in found}
+    installed = sorted(entry_points(group=GROUP) if entries is None else entries, key=lambda entry: entry.name)
+    found = [_Found(_provider(entry), entry.value, entry.load) for entry in installed]
+    found += [_file(Path(path)) for path in files]
+    known = {one.provider.plugin for one in found}
     disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
     if disabled - known:
         names = ", ".join(sorted(disabled - known))
@@ -43,18 +61,19 @@ def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
     manager.add_hookspecs(hookspecs)
     components: dict[tuple[str, str], Entry] = {}
     providers: dict[str, Provider] = {}
-    for entry in found:
-        if entry.name in disabled:
+    for one in found:
+        provider = one.provider
+        if provider.plugin in disabled:
             continue
-        provider = _provider(entry)
-        taken = providers.get(entry.name)
+        taken = providers.get(provider.plugin)
         if taken is not None:
             raise PluginError(
-                f"two plugins are named {entry.name!r}: one of package {taken.package} {taken.version}, one of "
-                f"package {provider.package} {provider.version}; uninstall one, or rename its entry point"
+                f"two plugins are named {provider.plugin!r}: one of package {taken.package} {taken.version}, one of "
+                f"package {provider.package} {provider.version}; uninstall one, or rename its entry point or "
+                "file"
             )
-        providers[entry.name] = provider
-        plugin = _import(entry, provider)
+        providers[provider.plugin] = provider
+        plugin = _import(one)
         _check_hooks(plugin, provider)
         _register(manager, plugin, provider)
         _collect(manager, plugin, provider, components)
@@ -67,13 +86,42 @@ def _provider(entry: EntryPoint) -> Provider:
     return Provider(entry.name, entry.dist.name, entry.dist.version)
 
 
-def _import(entry: EntryPoint, provider: Provider) -> Any:
+def _file(path: Path) -> _Found:
+    """A plugin in a file of its own; the same content is imported once in a process."""
     try:
-        return entry.load()
+        content = path.read_bytes()
+    except OSError as error:
+        raise PluginError(f"the plugin file {path} cannot be read: {error.strerror}") from error
+    if path.suffix != ".py":
+        raise PluginError(f"the plugin file {path} must be a Python file (.py)")
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"dmmd_plugin_file_{path.stem}_{place}_{digest}"
+
+    def load() -> Any:
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module  # dataclasses and type hints look their module up there
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]
+
+    return _Found(Provider(path.stem, str(path), digest), str(path), load)
+
+
+def _import(one: _Found) -> Any:
+    try:
+        return one.load()
     except (Exception, SystemExit) as error:  # whatever a stranger's module raises becomes one clear error
         raise PluginError(
-            f"{provider} cannot be imported from {entry.value!r}: {_one_line(error)}; mend or uninstall it, or set "
-            f"{DISABLE}={provider.plugin}"
+            f"{one.provider} cannot be imported from {one.origin!r}: {_one_line(error)}; mend or uninstall it, or set "
+            f"{DISABLE}={one.provider.plugin}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,7 @@ from typing import TypeVar
 
 _Item = TypeVar("_Item")
 _LINE_EVERY_S = 15.0
+QUIET = "DMMD_QUIET"  # environment variable of the command lines' --quiet
 
 
 def show_progress(
@@ -22,6 +24,8 @@ def show_progress(
 ) -> Iterator[_Item]:
     """Pass items on and show on standard error how far they are, how fast, and when they will be done.
 
+    With the environment variable ``DMMD_QUIET`` they are passed on in silence.
+
     Args:
         items: What is worked on; an item counts as done when the next one is asked for.
         what: What is being done, for example ``tokenising train``.
@@ -30,6 +34,9 @@ def show_progress(
         per_item: Units per item, or what tells the units of an item.
         done: Units that were done before.
     """
+    if os.environ.get(QUIET):
+        yield from items
+        return
     if sys.stderr.isatty():
         from tqdm.auto import tqdm
 

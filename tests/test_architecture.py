@@ -44,14 +44,16 @@ ALLOWED: dict[str, set[str]] = {
     "optim": BASE | {"recipe"},
     "media": {"interfaces"},
     "smoke": BASE | {"resolve"},
-    "listing": BASE | {"registry"},
+    "agenda": {"checkpoint", "errors", "recipe", "resolve", "saved", "schema"},
+    "shipped": {"errors"},
+    "listing": BASE | {"agenda", "registry"},
     "saved": BASE | {"assemble", "checkpoint", "plugins", "recipe", "registry", "resolve", "schema", "shaping"},
     "train": BASE | {"checkpoint", "ema", "optim", "precision", "recipe"},
     "pipeline": BASE | {"assemble", "checkpoint", "distributed", "precision", "recipe", "registry", "resolve", "saved"}
     | {"schema", "train"},
     "testing": BASE | {"assemble", "plugins", "registry", "resolve", "schema"},
     "cli": {"errors", "listing", "media", "pipeline", "plugins", "precision", "recipe", "resolve", "saved", "smoke"}
-    | {"testing"},
+    | {"agenda", "shipped", "testing"},
 }  # fmt: skip
 
 

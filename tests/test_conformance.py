@@ -917,7 +917,8 @@ def test_the_command_prints_a_line_a_clause_and_fails_with_a_broken_one(capsys: 
     told = capsys.readouterr()
     assert "FAILED       one_position" in told.out
     assert "what to do" in told.out
-    assert told.err.startswith("dmmd: sampler 'ancestral' breaks 1 of")
+    assert told.err.startswith("dmmd: sampler ancestral (plugin 'samplers'")
+    assert "breaks 1 of 17 clauses: one_position" in told.err.splitlines()[0]
     assert run_command(["--conformance", "masked"]) == 2
     assert "KIND:NAME" in capsys.readouterr().err
     assert run_command(["--conformance", "process:maskd"]) == 2

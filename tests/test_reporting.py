@@ -100,7 +100,7 @@ def fake_run(directory: Path, name: str = "digits", codec: Any = None) -> FakeRu
             "schema": 1, "facts": {"classifier_accuracy": 0.98765}, "results": fake_results(),
             "timing": {"distill": 61.0, "evaluate": 2.0, "sampling": {"student_8": 0.5}},
         },
-        assembly=SimpleNamespace(data=data), samples=lambda model, steps: Batch(tokens), say=print,
+        assembly=SimpleNamespace(data=data), samples=lambda model, steps: Batch(tokens), say=print, quiet=False,
     )  # fmt: skip
 
 

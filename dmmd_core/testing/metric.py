@@ -147,8 +147,7 @@ def values(case: MetricCase) -> None:
     got = case.values()
     expect(isinstance(got, Sequence) and all(isinstance(value, Value) for value in got), f"evaluate gives {got!r}")
     for value in got:
-        named = value.metric.isidentifier()
-        expect(named, f"the figure is called {value.metric!r}; use letters, numerals, underscores")
+        expect(value.metric.isidentifier(), f"the figure is called {value.metric!r}; use letters, numerals, _")
         expect(type(value.value) is float, f"{value.metric} is {type(value.value).__name__}, expected float")
         expect(math.isfinite(value.value), f"{value.metric} is {value.value}")
         error = value.standard_error

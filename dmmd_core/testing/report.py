@@ -39,7 +39,9 @@ class ConformanceError(AssertionError, DmmdError):
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        super().__init__(report.text(only_failures=True))
+        broken = ", ".join(outcome.clause for outcome in report.failures)
+        count = f"{len(report.failures)} of {len(report.outcomes)} clauses"
+        super().__init__(f"{report.subject} breaks {count}: {broken}\n{report.text(only_failures=True)}")
 
 
 def expect(holds: object, message: str) -> None:

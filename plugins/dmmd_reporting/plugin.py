@@ -73,7 +73,8 @@ class Reporting:
         if error is None:
             if not all((run.directory / name).exists() for name in ("report.md", "report.html")):
                 self._report(run)
-            terminal.closing_table(run)
+            if not run.quiet:
+                terminal.closing_table(run)
 
     def _report(self, run: Run) -> None:
         from dmmd_reporting.report import write_report

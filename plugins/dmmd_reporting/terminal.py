@@ -37,7 +37,7 @@ class Terminal:
     def __init__(
         self, run: Run, console: Console | None = None, *, seconds: Callable[[], float] = time.monotonic
     ) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False, quiet=run.quiet)
         self._seconds = seconds
         self._progress: Progress | None = None
         self._task: Any = None
