@@ -27,18 +27,21 @@ _PREFIX = "step_"
 _TEMPORARY = ".incomplete-"
 
 
+_REMEDY = (
+    "what was there before is intact: make room, or see that the directory is writable, and run the same command "
+    "to go on"
+)
+
+
 @contextmanager
-def _told_if_it_cannot_be_written(path: Path, temporary: Path) -> Iterator[None]:
-    """Turn a full disk and the like into one error that names `path`; what was written by then is removed."""
+def _told_if_it_cannot_be_written(subject: str, temporary: Path, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn a full disk and the like into one error that names `subject`; what was written by then is removed."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error)
-        raise RunError(
-            f"{path} cannot be written ({reason}); what was there before is intact: make room, or see that the "
-            "directory is writable, and run the same command to go on"
-        ) from error
+        raise RunError(f"{subject} cannot be written ({reason}); {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
         RunError: The disk is full or refuses; the old content is intact.
     """
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    with _told_if_it_cannot_be_written(path, temporary):
+    with _told_if_it_cannot_be_written(str(path), temporary):
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -62,18 +65,22 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+def write_directory(
+    path: Path, fill: Callable[[Path], None], *, subject: str | None = None, remedy: str = _REMEDY
+) -> None:
     """Create or replace a directory atomically.
 
     Args:
         path: The directory.
         fill: Writes the files into the directory that it is given.
+        subject: What the error names; the path by default.
+        remedy: What the error says to do.
 
     Raises:
         RunError: The disk is full or refuses; a directory that was there before is intact.
     """
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    with _told_if_it_cannot_be_written(path, temporary):
+    with _told_if_it_cannot_be_written(subject or str(path), temporary, remedy):
         _write_directory(path, temporary, fill)
 
 

@@ -216,8 +216,7 @@ def _save(
     tensors |= {f"averages/{name}": tensor for name, tensor in averages.state().items()}
     tensors |= flatten_optimizer(optimizer, "optimizer")
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder, step, tensors, {})
-    prune(folder, 1)
+    prune(folder, 1, save_checkpoint(folder, step, tensors, {}))
 
 
 def _restore(

@@ -111,13 +111,12 @@ def write_arrays(path: Path, fill: Callable[[ArrayWriter], Mapping[str, Any]], w
         writer.finish(fill(writer))
 
     try:
-        write_directory(path, work)
-    except OSError as error:
-        _clear_unfinished(path)
-        raise RunError(
-            f"{what}: the cache {path} cannot be written ({error.strerror or error}); free space, or set cache to a "
-            "folder elsewhere. Nothing was lost: the same command starts it again"
-        ) from error
+        write_directory(
+            path,
+            work,
+            subject=f"{what}: the cache {path}",
+            remedy="free space, or set cache to a folder elsewhere. Nothing was lost: the same command starts it again",
+        )
     except BaseException:
         _clear_unfinished(path)
         raise
