@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmmd_core.assemble import Assembly
 from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
+from dmmd_core.distributed import Processes
 from dmmd_core.draws import Draws
 from dmmd_core.errors import CheckpointError, Problem, RecipeError
 from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler, TextCodec
@@ -23,13 +24,21 @@ from dmmd_core.registry import Registry
 from dmmd_core.resolve import Plan, resolve
 from dmmd_core.schema import Problems, Source, read_dataclass
 from dmmd_core.shaping import ShapedDenoiser
+from dmmd_core.sharding import whole_tensors
 
 Role = Literal["teacher", "student"]
 _SCHEMA = 1
 FREE = -1  # in a template: a position that the model fills in
 
 
-def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, facts: dict[str, Any]) -> None:
+def save_model(
+    path: Path,
+    role: Role,
+    denoiser: Denoiser,
+    assembly: Assembly,
+    facts: dict[str, Any],
+    processes: Processes = Processes(),  # noqa: B008 - immutable
+) -> None:
     """Write a model folder atomically.
 
     Args:
@@ -38,7 +47,9 @@ def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, f
         denoiser: Its weights.
         assembly: Its recipe, sizes and codec.
         facts: Further entries of ``config.json``.
+        processes: Those that call this together; the first one writes.
     """
+    weights = whole_tensors(denoiser.state_dict())
     assert assembly.spec is not None
     codec = assembly.data.codec
     config = {
@@ -52,11 +63,11 @@ def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, f
     }
 
     def fill(folder: Path) -> None:
-        save_tensors(folder / "model.safetensors", denoiser.state_dict())
+        save_tensors(folder / "model.safetensors", weights)
         save_tensors(folder / "codec.safetensors", codec.state())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    write_directory(path, fill)
+    processes.from_main(lambda: write_directory(path, fill))
 
 
 def read_config(path: Path) -> dict[str, Any]:
