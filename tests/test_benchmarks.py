@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from types import ModuleType
 
+import pytest
 import torch
 from helpers import ROOT
 
@@ -56,3 +58,34 @@ def test_estimate_shows_a_row_for_each_stage(capsys, monkeypatch):
     assert benchmark("estimate").main() == 0
     lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert [line[:3] for line in lines[2:]] == [["quickstart", "teacher", "128"], ["quickstart", "distill", "64"]]
+
+
+def test_device_step_measures_a_recipe_whose_data_are_not_there(tmp_path, monkeypatch):
+    """ImageNet's recipe with a small transformer, without pictures and tokenizer."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / "out.json"
+    small = [f"backbone.params.{key}" for key in ("width=64", "depth=1", "heads=2")]
+    sizes = ["--batch", "1", "--samples", "1", "--repeats", "1", "--attention", "sdpa", "--device", "cpu"]
+    recipe = str(ROOT / "recipes" / "imagenet_vq.yaml")
+    monkeypatch.setattr("sys.argv", ["device_step.py", recipe, *small, *sizes, "--out", str(out)])
+    assert benchmark("device_step").main() == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["kernel"] == "sdpa"
+    for part in ("train", "sampling_step"):
+        assert 0 < row[part]["share_of_matrix_rate"] < 1.5
+        assert row[part]["operations"] > 2 * 256 * 8192 * 64  # at least the head's
+
+
+@pytest.mark.gpu
+def test_attention_kernels_side_by_side_on_a_gpu(tmp_path, monkeypatch):
+    """Both kernels run the same step in bfloat16."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / "out.json"
+    recipe = str(ROOT / "recipes" / "imagenet_vq.yaml")
+    monkeypatch.setattr("sys.argv", ["device_step.py", recipe, "--batch", "4", "--samples", "4", "--out", str(out)])
+    assert benchmark("device_step").main() == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["sdpa", "xformers"]
+    assert all(row["precision"] == "bfloat16" and row["train"]["peak_bytes"] > 0 for row in rows)
