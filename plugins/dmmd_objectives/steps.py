@@ -1,4 +1,4 @@
-"""One ancestral step of training: tokens drawn from a prediction where somebody looks at them, and the state below."""
+"""Tokens drawn from a prediction where somebody looks at them, and ancestral steps made of such draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ import torch
 from torch import Tensor
 
 from dmmd_core import Draws, Prediction, Process, categorical_from_uniform
+
+
+@torch.no_grad()
+def draw_tokens(
+    process: Process, prediction: Prediction, z: Tensor, where: Tensor, draws: Draws, *, chunk_rows: int = 0
+) -> Tensor:
+    """Draw ``x ~ Cat(prediction)`` at some positions; no gradient.
+
+    Args:
+        process: The noise process.
+        prediction: Clean mean given z.
+        z: Noisy tokens, int64 ``[batch, length]``; elsewhere they are returned, [MASK] as the last clean token.
+        where: Positions to draw, bool ``[batch, length]``.
+        draws: Source of noise (stream ``x``).
+        chunk_rows: Rows of logits alive at a time; 0 for all at once.
+
+    Returns:
+        int64 ``[batch, length]``.
+    """
+    index = where.flatten().nonzero().squeeze(-1)
+    uniform = draws.uniform("x", z.shape[1:]).flatten()
+    x = z.clamp(max=process.vocab_size - 1).flatten()
+    for rows, log_probs in prediction.chunks(index, chunk_rows or max(1, index.numel())):
+        x[rows] = categorical_from_uniform(log_probs.exp(), uniform[rows])
+        del log_probs
+    return x.view_as(z)
 
 
 @torch.no_grad()
@@ -38,11 +64,5 @@ def ancestral_step(
     needed = process.rows_to_draw(z_t, s, t, draws)
     if wanted is not None:
         needed = needed | wanted
-    index = needed.flatten().nonzero().squeeze(-1)
-    uniform = draws.uniform("x", z_t.shape[1:]).flatten()
-    x = z_t.clamp(max=process.vocab_size - 1).flatten()
-    for rows, log_probs in prediction.chunks(index, chunk_rows or max(1, index.numel())):
-        x[rows] = categorical_from_uniform(log_probs.exp(), uniform[rows])
-        del log_probs
-    x = x.view_as(z_t)
+    x = draw_tokens(process, prediction, z_t, needed, draws, chunk_rows=chunk_rows)
     return x, process.posterior_sample(x, z_t, s, t, draws)
