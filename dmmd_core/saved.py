@@ -96,7 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("schema") != _SCHEMA:
         raise CheckpointError(
             f"{path / 'config.json'} has schema {config.get('schema')!r}, this version of dmmd reads {_SCHEMA}; load "
-            "it with the version that wrote it"
+            f"it with the version that wrote it ({config.get('versions', {}).get('dmmd', 'not recorded')})"
         )
     return config
 

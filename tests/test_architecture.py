@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | {"checkpoint", "ema", "optim", "precision", "recipe"},
     "pipeline": BASE | {"assemble", "checkpoint", "distributed", "precision", "recipe", "registry", "resolve", "saved"}
     | {"schema", "train"},
-    "api": {"pipeline", "plugins", "recipe", "registry", "resolve", "smoke"},
+    "api": {"errors", "pipeline", "plugins", "recipe", "registry", "resolve", "smoke"},
     "testing": BASE | {"assemble", "plugins", "registry", "resolve", "schema"},
     "cli": {"agenda", "api", "errors", "listing", "media", "pipeline", "plugins", "precision", "recipe", "resolve"}
     | {"saved", "shipped", "testing"},
