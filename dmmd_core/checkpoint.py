@@ -1,7 +1,7 @@
 """Directories that are either whole or not there, and checkpoints in them.
 
-A directory is written under a temporary name, every file synced and listed with its SHA-256 in ``manifest.json``,
-then renamed. Only safetensors and JSON are written and read; nothing is unpickled.
+A directory is written under a temporary name, every file synced and, but for a model card, listed with its SHA-256 in
+``manifest.json``, then renamed. Only safetensors and JSON are written and read; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from dmmd_core.errors import CheckpointError, RunError
 
 MANIFEST = "manifest.json"
+_FREE = ("README.md",)  # a model card may be edited, here or on the hub; nothing is read from it
 _PREFIX = "step_"
 _TEMPORARY = ".incomplete-"
 
@@ -89,7 +90,7 @@ def _write_directory(path: Path, temporary: Path, fill: Callable[[Path], None]) 
     temporary.mkdir(parents=True)
     fill(temporary)
     files = sorted(file for file in temporary.iterdir() if file.is_file())
-    manifest = {file.name: _sha256(file) for file in files}
+    manifest = {file.name: _sha256(file) for file in files if file.name not in _FREE}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for file in [*files, temporary / MANIFEST, temporary]:
         _sync(file)

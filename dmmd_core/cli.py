@@ -57,7 +57,8 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dmmd-sample", description="Draw samples from a trained student or teacher.", epilog=EXIT_CODES
     )
-    parser.add_argument("path", help="a run directory, or its student or teacher folder")
+    parser.add_argument("path", help="a run directory, its student or teacher folder, or owner/name on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--steps", type=int, help="sampling steps; with blocks, for each (default: as trained for)")
     parser.add_argument("--num", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--model", choices=("student", "teacher"), default="student", help="which model")
@@ -284,7 +285,7 @@ def _sample(options: argparse.Namespace) -> Any:
         raise RunError(f"--out: {out} is a file; give a folder")
     load = load_student if options.model == "student" else load_teacher
     registry = load_plugins(files=options.plugin)
-    model = load(options.path, device=choose_device(options.device), registry=registry)
+    model = load(options.path, device=choose_device(options.device), registry=registry, revision=options.revision)
     try:
         tokens = model.sample(
             options.num,

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +33,7 @@ from dmmd_core.precision import AutocastSampler, choose_device, choose_precision
 from dmmd_core.recipe import TrainSection, differing_keys
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Part, Plan
-from dmmd_core.saved import Role, read_config, recipe_from_plain, save_model
+from dmmd_core.saved import Role, package_versions, read_config, recipe_from_plain, save_model, write_card
 from dmmd_core.schema import read_yaml
 from dmmd_core.train import Trainer
 
@@ -238,6 +237,9 @@ class Run:
         jobs += [("teacher", steps, teacher) for steps in section.teacher_steps]
         jobs += [("student", steps, student) for steps in section.student_steps]
         self._run_stage("evaluate", len(jobs), lambda: self._judge(jobs))
+        for role in ("teacher", "student"):
+            if (self.directory / role).is_dir():
+                write_card(self.directory / role, self.metrics["results"])
 
     def _judge(self, jobs: list[tuple[str, int, Denoiser | None]]) -> dict[str, Any]:
         started = time.monotonic() - self.metrics["timing"].get("evaluate", 0.0)
@@ -390,9 +392,8 @@ class Run:
         return lock
 
     def _versions(self) -> dict[str, Any]:
-        names = ["dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors"]
         return {
-            "packages": {name: version(name) for name in names},
+            "packages": package_versions(),
             "plugins": [asdict(provider) for provider in self.registry.providers],
             "components": {f"{p.entry.kind}:{p.entry.name}": p.entry.provider.plugin for p in self.plan.parts()},
         }

@@ -135,7 +135,13 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse recipes of another format."""
         if self.schema != SCHEMA:
-            raise FieldError("schema", f"must be {SCHEMA} for this version of dmmd, got {self.schema}")
+            way = (
+                "the recipe is of a newer dmmd: upgrade dmmd"
+                if self.schema > SCHEMA
+                else "the recipe is of an older dmmd: bring it up to date (CHANGELOG.md tells what changed), or run it "
+                "with the version that it was written for"
+            )
+            raise FieldError("schema", f"must be {SCHEMA} for this version of dmmd, got {self.schema}; {way}")
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as plain containers, every default written out, ready for YAML."""

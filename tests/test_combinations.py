@@ -189,7 +189,8 @@ def test_a_run_samples_its_blocks_by_confidence(registry: Registry, tmp_path: Pa
 
 def test_the_axes_name_every_component_in_the_tree(registry: Registry) -> None:
     for kind in ("data", "process", "backbone", "generator", "teacher"):
-        used = {choice["name"] for choice in AXES[kind].values() if "name" in choice} | {"exact", "from_run"}
+        used = {choice["name"] for choice in AXES[kind].values() if "name" in choice}
+        used |= {"exact", "from_run", "transformers_masked"}
         assert set(registry.names(kind)) <= used, f"add the new {kind} to AXES"
 
 
