@@ -3,9 +3,9 @@
     python benchmarks/compare.py coins markov_masked markov_uniform
     python benchmarks/compare.py digits_masked digits_uniform text --form gpu
 
-For every task each method is tuned over the same learning rates, on the first seed and by the task's main metric at the
-number of steps it was trained for; with the best one it is run on all seeds, for as many iterations as every other method
-and for as many network passes. A forward pass counts one, a forward and backward pass three. Teacher, data,
+For every task each method is tuned over the same learning rates, on the first seed and by the task's main metric at
+the number of steps it was trained for; with the best one it is run on all seeds, for as many iterations as every other
+method and for as many network passes. A forward pass counts one, a forward and backward pass three. Teacher, data,
 networks, batch size, schedule of the learning rate and moving average are those of the task's recipe.
 
 Every run has a directory of its own below ``--runs``; the same command goes on where it stopped. The result of a task
@@ -64,6 +64,9 @@ METHODS: dict[str, Method] = {
     # Two turns of the auxiliary (student 1, auxiliary 3) and one of the student (3, teacher 1, auxiliary 1).
     "dimo": Method({"auxiliary_turns": 2}, (2 * 4 + 5) / 3, ("masked",), 0.0, "partly_random", 1),
     "idlm": Method({"auxiliary_turns": 1}, (4 + 5) / 2, ("masked",), 0.0),
+    # Student at z_t and, without gradient, below it, both with every latent.
+    "di4c": Method({"latents": 4}, 4 * (3 + 1) + 1, ("masked", "uniform"), 0.9),
+    "dcd": Method({"rounds": 3}, 3 + 1, ("uniform",), 0.9),
 }
 
 
