@@ -81,6 +81,7 @@ class Task:
         student_steps: Numbers of steps that students are sampled with.
         teacher_steps: The same for the teacher.
         sizes: By form, what replaces the recipe's values.
+        params: By method, what replaces its parameters.
     """
 
     recipe: str
@@ -89,6 +90,7 @@ class Task:
     student_steps: tuple[int, ...]
     teacher_steps: tuple[int, ...]
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    params: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 _EXACT_CPU = {
@@ -99,10 +101,14 @@ _EXACT_CPU = {
 _IMAGE_CPU = {
     "distill.steps": 400, "distill.batch_size": 32, "evaluate.num_samples": 1000, "teacher.train.steps": 2500,
 }  # fmt: skip
+# The paper's -0.2 rewards mass where an exact teacher has none: floored, log teacher - log auxiliary is largest there.
+_EXACT_PARAMS = {"dimo": {"jeffreys_coefficient": 0.0}}
 TASKS: dict[str, Task] = {
-    "coins": Task("exact_coins", "total_variation", (), (1, 2, 4, 8), (1, 2, 4, 8, 64), {"cpu": _EXACT_CPU}),
+    "coins": Task(
+        "exact_coins", "total_variation", (), (1, 2, 4, 8), (1, 2, 4, 8, 64), {"cpu": _EXACT_CPU}, _EXACT_PARAMS
+    ),
     "markov_masked": Task(
-        "exact_markov_masked", "total_variation", (), (1, 2, 4, 8), (1, 2, 4, 8, 64), {"cpu": _EXACT_CPU}
+        "exact_markov_masked", "total_variation", (), (1, 2, 4, 8), (1, 2, 4, 8, 64), {"cpu": _EXACT_CPU}, _EXACT_PARAMS
     ),
     "markov_uniform": Task(
         "exact_markov_uniform", "total_variation", (), (1, 2, 4, 8), (1, 2, 4, 8, 64), {"cpu": _EXACT_CPU}
@@ -235,7 +241,7 @@ def make_recipe(
     if teacher is not None and "load" not in made["teacher"]:
         made["teacher"] = {"load": {"name": "from_run", "params": {"path": str(teacher)}}}
     if method.params is not None:
-        made["objective"] = {"name": job.method, "params": dict(method.params)}
+        made["objective"] = {"name": job.method, "params": method.params | task.params.get(job.method, {})}
     own = made["generator"].get("params", {})
     if method.generator is not None:
         made["generator"] = {
@@ -257,10 +263,12 @@ def make_recipe(
 
 def run_recipe(made: dict[str, Any], directory: Path) -> dict[str, Any] | None:
     """Run or resume a recipe in a process of its own; None where its training broke down."""
+    path, text = directory.parent / f"{directory.name}.yaml", yaml.safe_dump(made, sort_keys=False)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{path} is another recipe than this run's; choose another --runs, or remove it and its run")
     found = finished(directory)
     if found is None:
-        path = directory.parent / f"{directory.name}.yaml"
-        write(path, yaml.safe_dump(made, sort_keys=False))
+        write(path, text)
         done = subprocess.run([sys.executable, "-m", "dmmd_core", str(path), "--quiet"], cwd=Path.cwd(), check=False)
         if done.returncode not in (0, 2):
             raise SystemExit(f"{path} was interrupted or broke; run the same command to go on")
