@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from dmmd_core.pipeline import Run
     from dmmd_core.registry import Registry
-    from dmmd_core.resolve import Plan
-    from dmmd_core.saved import SavedModel
 
 EXIT_CODES = "exit codes: 0 done; 1 internal error; 2 bad recipe, plugin, data or checkpoint; 130 interrupted"
 
@@ -162,22 +160,20 @@ def _run(options: argparse.Namespace) -> Any:
     if options.conformance:
         return _conformance(options, registry)
 
-    from dmmd_core.pipeline import Run
-    from dmmd_core.recipe import load_recipe
-    from dmmd_core.resolve import resolve
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    # Neither these modes nor --smoke needs the data, paths or libraries of the full run to be there.
-    plan = resolve(recipe, registry, outside=not (options.check or options.smoke or options.dry_run))
     if options.dry_run:
-        return _dry_run(options, plan)
-    if options.smoke:
-        from dmmd_core.smoke import clear_smoke_directory, smoke_settings
+        return _dry_run(options, registry)
 
-        recipe = load_recipe(options.recipe, options.overrides, background=smoke_settings(plan, options.overrides))
-        plan = resolve(recipe, registry)
-        clear_smoke_directory(recipe.run.directory)
-    run = Run(plan, registry, quiet=options.quiet)
+    from dmmd_core.api import prepare
+
+    # Neither --check nor --smoke needs the data, paths or libraries of the full run to be there.
+    run = prepare(
+        options.recipe,
+        options.overrides,
+        registry=registry,
+        smoke=options.smoke,
+        quiet=options.quiet,
+        outside=not options.check,
+    )
     if options.check:
         return _check(options, run, registry)
     _stop_on_signals(run)
@@ -210,13 +206,16 @@ def _list(options: argparse.Namespace, registry: Registry) -> Any:
     return [listing.explain_as_data(entry) for entry in entries]
 
 
-def _dry_run(options: argparse.Namespace, plan: Plan) -> Any:
+def _dry_run(options: argparse.Namespace, registry: Registry) -> Any:
     from dataclasses import asdict
     from pathlib import Path
 
     from dmmd_core.agenda import agenda
     from dmmd_core.listing import print_agenda
+    from dmmd_core.recipe import load_recipe
+    from dmmd_core.resolve import resolve
 
+    plan = resolve(load_recipe(options.recipe, options.overrides), registry, outside=False)
     items, directory = agenda(plan), Path(plan.recipe.run.directory)
     if not options.json:
         print_agenda(items, directory)
@@ -292,7 +291,9 @@ def _sample(options: argparse.Namespace) -> Any:
             steps=options.steps,
             seed=options.seed,
             label=options.label,
-            template=_template(options, model),
+            prompt=options.prompt,
+            suffix=options.suffix,
+            template=_template(options),
             length=options.length,
             guidance=options.guidance,
             temperature=options.temperature,
@@ -308,12 +309,8 @@ def _sample(options: argparse.Namespace) -> Any:
     return {"files": files, "model": options.model, "steps": steps, "num": options.num, "seed": options.seed}
 
 
-def _template(options: argparse.Namespace, model: SavedModel) -> Tensor | None:
-    """The tokens to keep, from a prompt or from a file; raises a `ValueError` where they make no sense."""
-    if options.template and (options.prompt or options.suffix):
-        raise ValueError("--template and --prompt or --suffix exclude each other")
-    if options.prompt or options.suffix:
-        return model.text_template(options.prompt, options.suffix, length=options.length)
+def _template(options: argparse.Namespace) -> Tensor | None:
+    """The tokens to keep, from a file; raises a `ValueError` where it is none."""
     if not options.template:
         return None
     import numpy as np

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -161,15 +161,32 @@ def load_recipe(
         RecipeError: Carries every problem with file, line and key.
     """
     content, lines = read_yaml(Path(path))
+    return _read(content, str(path), lines, overrides, background)
+
+
+def change_recipe(
+    recipe: Recipe, overrides: Sequence[str] = (), background: Sequence[tuple[str, Any]] = ()
+) -> Recipe:
+    """Change keys of a recipe and validate it again; arguments, result and errors as for `load_recipe`."""
+    return _read(recipe.plain(), recipe.source.path, recipe.source.lines, overrides, background)
+
+
+def _read(
+    content: dict[str, Any],
+    path: str,
+    lines: Mapping[str, int],
+    overrides: Sequence[str],
+    background: Sequence[tuple[str, Any]],
+) -> Recipe:
     config = OmegaConf.create(content)
     for key, value in background:
         OmegaConf.update(config, key, value, merge=False, force_add=True)
     texts: dict[str, str] = {}
-    problems = Problems(Source(str(path), lines, texts))
+    problems = Problems(Source(path, lines, texts))
     for text in overrides:
         _apply_override(config, text, texts, problems)
     problems.raise_if_any()
-    source = Source(str(path), lines, texts)
+    source = Source(path, lines, texts)
     plain = OmegaConf.to_container(config, resolve=False)
     refuse_interpolation(plain, source)
     problems = Problems(source)

@@ -126,8 +126,11 @@ class SavedModel:
         num: int,
         *,
         steps: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
         label: int | None = None,
+        prompt: str = "",
+        suffix: str = "",
         template: Tensor | None = None,
         length: int | None = None,
         guidance: float | None = None,
@@ -141,8 +144,11 @@ class SavedModel:
             num: How many.
             steps: Sampling steps, for each block where the model has blocks; by default what the student was trained
                 for.
-            seed: Seed of all noise.
+            seed: Seed of all noise; 0 by default.
+            generator: Gives the seed instead and moves on, so that every call draws other samples.
             label: Class label for all of them; None draws labels uniformly where the model takes them.
+            prompt: Text that every sample begins with, for models of text.
+            suffix: Text that every sample ends with.
             template: Given tokens, int64 ``[length]`` or ``[num, length]``, with `FREE` where the model fills in
                 (`text_template` makes one of a prompt). The given tokens stay as they are; a model with blocks looks at
                 those before and within a block, never at those behind it.
@@ -158,8 +164,9 @@ class SavedModel:
 
         Raises:
             ValueError: A label for a model without classes, one out of range, no number of steps, a length that the
-                model cannot draw, guidance for a model that cannot be guided, or a template of another shape or with
-                tokens that the model does not have.
+                model cannot draw, guidance for a model that cannot be guided, a prompt for a model that does not speak
+                text, a template of another shape or with tokens that the model does not have, both seed and
+                generator, or both template and prompt or suffix.
         """
         steps = steps or self.trained_num_steps
         if not steps or steps < 1 or num < 1:
@@ -173,6 +180,14 @@ class SavedModel:
         length = self.checked_length(length)
         if guidance is not None:
             self._check_guidance(guidance)
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator exclude each other; give one of them")
+        if generator is not None:
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        if prompt or suffix:
+            if template is not None:
+                raise ValueError("a template and a prompt or suffix exclude each other; give one of them")
+            template = self.text_template(prompt, suffix, length=length)
         if template is not None:
             template = self._checked_template(template, num, length)
         denoiser = self.denoiser
@@ -188,7 +203,7 @@ class SavedModel:
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         parts = []
         for start in range(0, num, batch_size):
-            draws = Draws.for_range(seed, 0, start, min(batch_size, num - start), device).within("sample")
+            draws = Draws.for_range(seed or 0, 0, start, min(batch_size, num - start), device).within("sample")
             condition = self._condition(draws, label)
             if template is not None:
                 given = template[start : start + draws.batch].to(device)

@@ -51,9 +51,10 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | {"checkpoint", "ema", "optim", "precision", "recipe"},
     "pipeline": BASE | {"assemble", "checkpoint", "distributed", "precision", "recipe", "registry", "resolve", "saved"}
     | {"schema", "train"},
+    "api": {"pipeline", "plugins", "recipe", "registry", "resolve", "smoke"},
     "testing": BASE | {"assemble", "plugins", "registry", "resolve", "schema"},
-    "cli": {"errors", "listing", "media", "pipeline", "plugins", "precision", "recipe", "resolve", "saved", "smoke"}
-    | {"agenda", "shipped", "testing"},
+    "cli": {"agenda", "api", "errors", "listing", "media", "pipeline", "plugins", "precision", "recipe", "resolve"}
+    | {"saved", "shipped", "testing"},
 }  # fmt: skip
 
 
