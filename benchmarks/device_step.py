@@ -110,6 +110,7 @@ def measure(
         student = assembly.generator(copy.deepcopy(teacher.backbone).requires_grad_(True)).to(device)
         game = assembly.objective(
             plan.objective, network=student, teacher=teacher, num_steps=recipe.distill.num_steps,
+            training_steps=recipe.distill.steps,
             copy_teacher=lambda: copy.deepcopy(teacher).requires_grad_(True),
         )  # fmt: skip
         assert assembly.spec is not None

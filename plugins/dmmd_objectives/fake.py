@@ -129,41 +129,40 @@ class FakeGame(Objective):
         x = draw_tokens(self.process, student, z_t, unknown, draws, chunk_rows=self.config.chunk_rows)
         s = draws.uniform("s")
         z_s = self.process.corrupt(x, s, draws.within("again"))
-        with torch.no_grad():
-            teacher = self.teacher(z_s, s, condition)
         with torch.set_grad_enabled("auxiliary" in turn):
             auxiliary = self.auxiliary(z_s, s, condition)
+        predictions = [
+            student if "student" in turn else student.detached(),
+            auxiliary if "auxiliary" in turn else auxiliary.detached(),
+        ]
+        if "student" in turn:
+            with torch.no_grad():
+                predictions.append(self.teacher(z_s, s, condition).detached())
         totals = sum_over_rows(
             rows_with_loss(self.process, z_s, s),
-            lambda rows, *predictions: self._row_losses(rows, turn, x, *predictions),
+            lambda rows, *parts: self._row_losses(rows, turn, x, *parts),
             self.config.chunk_rows,
-            (
-                student if "student" in turn else student.detached(),
-                teacher.detached(),
-                auxiliary if "auxiliary" in turn else auxiliary.detached(),
-            ),
+            predictions,
         )
         by_player = dict(zip(turn, totals, strict=False))
         metrics = {f"{name}_loss": value.detach() for name, value in by_player.items()}
-        metrics["student_entropy"] = totals[-2].detach()
-        metrics["teacher_auxiliary_gap"] = totals[-1].detach()
+        metrics["student_entropy"] = totals[-1].detach()
         return Losses(by_player, metrics)
 
     def _row_losses(
-        self, rows: Rows, turn: tuple[str, ...], x: Tensor, student: Prediction, teacher: Prediction,
-        auxiliary: Prediction,
+        self, rows: Rows, turn: tuple[str, ...], x: Tensor, student: Prediction, auxiliary: Prediction,
+        teacher: Prediction | None = None,
     ) -> list[Tensor]:
-        """Losses of the players in `turn`, student entropy and teacher-auxiliary gap, ``[rows]`` each."""
+        """Losses of the players in `turn` and the student's entropy, ``[rows]`` each."""
         log_phi, log_p = auxiliary.log_probs(), student.log_probs()
-        log_theta = teacher.log_probs().to(log_phi.dtype)
         with torch.no_grad():
             p = log_p.exp()
             entropy = torch.special.xlogy(p, p).sum(-1).neg_()
-            gap = (log_phi.exp() - log_theta.exp()).abs_().sum(-1) / 2
         losses = {}
-        if "student" in turn:
+        if teacher is not None:
+            log_theta = teacher.log_probs().to(log_phi.dtype)
             losses["student"] = self.student_losses(log_p, log_theta, log_phi.detach())
         if "auxiliary" in turn:
             target = x.flatten()[rows.index] if self.hard_target else p
             losses["auxiliary"] = self.process.row_losses(target, log_phi, rows.z, rows.s)
-        return [*(losses[name] for name in turn), entropy, gap]
+        return [*(losses[name] for name in turn), entropy]

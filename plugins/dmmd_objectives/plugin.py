@@ -8,7 +8,9 @@ from dmmd_core import PluginRegistrar, Problem, Recipe, hookimpl
 @hookimpl
 def dmmd_register(registry: PluginRegistrar) -> None:
     """Register the components of this package."""
+    from dmmd_objectives.dcd import ConsistencyDistillation
     from dmmd_objectives.denoising import Denoising
+    from dmmd_objectives.di4c import MixtureDistillation
     from dmmd_objectives.dimo import DiMO
     from dmmd_objectives.idlm import InverseDistillation
     from dmmd_objectives.moment_matching import MomentMatching
@@ -19,6 +21,8 @@ def dmmd_register(registry: PluginRegistrar) -> None:
     registry.add("objective", "sdtt", SelfDistillation)
     registry.add("objective", "dimo", DiMO)
     registry.add("objective", "idlm", InverseDistillation)
+    registry.add("objective", "di4c", MixtureDistillation)
+    registry.add("objective", "dcd", ConsistencyDistillation)
 
 
 @hookimpl

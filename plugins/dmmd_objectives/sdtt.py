@@ -7,7 +7,6 @@ the student becomes the teacher, and the steps grow.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from dmmd_core import (
     times_per_sample,
     training_condition,
 )
+from dmmd_objectives.divergences import Divergence, row_divergence
 from dmmd_objectives.rounds import Rounds
 from dmmd_objectives.steps import ancestral_step
 
@@ -49,7 +49,7 @@ class SelfDistillation(Objective):
     class Config:
         """Parameters."""
 
-        divergence: Literal["reverse_kl", "forward_kl", "total_variation"] = option(
+        divergence: Divergence = option(
             "reverse_kl", help="KL(student, teacher), KL(teacher, student) or half the L1 distance"
         )
         teacher_steps: int = option(2, help="steps of the teacher that become one of the student", minimum=1)
@@ -149,7 +149,7 @@ class SelfDistillation(Objective):
         def row_loss(rows: Rows, student: Prediction, *teachers: Prediction) -> Tensor:
             log_p = student.log_probs()
             log_target = self._targets(unmasked_at.flatten()[rows.index], teachers).to(log_p.dtype)
-            return self._divergence(log_p, log_target)
+            return row_divergence(self.config.divergence, log_p, log_target, self.config.probability_floor)
 
         rows = rows_with_loss(self.process, z_t, t)
         loss = sum_over_rows(rows, row_loss, self.config.chunk_rows, (prediction, *predictions))
@@ -196,12 +196,3 @@ class SelfDistillation(Objective):
             found[chosen] = log_probs
         assert found is not None
         return found
-
-    def _divergence(self, log_p: Tensor, log_target: Tensor) -> Tensor:
-        """Divergence of the student's rows from their targets, ``[rows]`` (paper, section 3.2)."""
-        if self.config.divergence == "total_variation":
-            return (log_p.exp() - log_target.exp()).abs().sum(-1) / 2
-        if self.config.divergence == "reverse_kl":
-            return (log_p.exp() * (log_p - log_target.clamp_min(math.log(self.config.probability_floor)))).sum(-1)
-        target = log_target.exp()
-        return (torch.special.xlogy(target, target) - target * log_p).sum(-1)
