@@ -28,8 +28,7 @@ def pages() -> dict[str, str]:
 def _hooks() -> str:
     return (
         "# Hooks\n\nA plugin implements any of these functions, marked with `dmmd_core.hookimpl`; each may take fewer "
-        "arguments than are listed. Hooks discover and observe; components compute. No tensor and no loss passes "
-        "through a hook.\n\n::: dmmd_core.hookspecs\n"
+        "arguments than are listed.\n\n::: dmmd_core.hookspecs\n"
         '    options: {filters: ["^dmmd_"], show_root_heading: false, show_root_toc_entry: false, heading_level: 2}\n'
     )
 
