@@ -55,10 +55,16 @@ def _conformance() -> str:
     ]
     for kind in kits():
         head = ["| clause | what must hold | where it does not |", "| --- | --- | --- |"]
-        rows = [f"| `{one.name}` | {one.title} | {one.remedy} |" for one in clauses_of(kind)]
+        clauses = [(one.name, _names_as_code(one.title), _names_as_code(one.remedy)) for one in clauses_of(kind)]
+        rows = [f"| `{name}` | {title} | {remedy} |" for name, title, remedy in clauses]
         parts += [f"## {kind}", "\n".join(head + rows)]
     parts += ["## Functions", *(f"::: dmmd_core.testing.judge.{name}" for name in ("judge", "check_component"))]
     return "\n\n".join(parts) + "\n"
+
+
+def _names_as_code(text: str) -> str:
+    """Keep ``__names__`` from being read as emphasis."""
+    return re.sub(r"(?<!`)(__\w+__)", r"`\1`", text)
 
 
 def rewrite(markdown: str, page: str) -> str:
