@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         Teacher,
         TextCodec,
         Value,
+        network_times,
         option,
         per_position,
         slot,
@@ -96,7 +97,7 @@ _HOMES = {
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
     "EnumerableData Features FiniteData Generator ImageCodec ImageSource Images LanguageModel Losses Metric "
     "NetworkDenoiser NetworkPrediction Objective Picture Player Prediction Process Requirement Sampler Samples "
-    "Schedule Slot Subject TablePrediction Teacher TextCodec Value option per_position slot",
+    "Schedule Slot Subject TablePrediction Teacher TextCodec Value network_times option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
@@ -176,6 +177,7 @@ __all__ = [
     "load_recipe",
     "load_student",
     "load_teacher",
+    "network_times",
     "option",
     "per_position",
     "rows_with_loss",

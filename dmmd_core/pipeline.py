@@ -167,7 +167,12 @@ class Run:
             def train() -> dict[str, Any]:
                 num_steps = self.plan.recipe.distill.num_steps if stage == "distill" else None
                 objective = self.assembly.objective(
-                    part, network=network, teacher=teacher, copy_teacher=copy_teacher, num_steps=num_steps
+                    part,
+                    network=network,
+                    teacher=teacher,
+                    copy_teacher=copy_teacher,
+                    num_steps=num_steps,
+                    training_steps=section.steps,
                 )
                 trainer = Trainer(self, stage, objective, section, self.directory / "checkpoints" / stage)
                 trained = trainer.train()

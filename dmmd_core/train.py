@@ -213,6 +213,8 @@ class Trainer:
             tensors.update({f"player/{name}/{key}": v for key, v in player.module.state_dict().items()})
             tensors.update(flatten_optimizer(self.optimizers[name], f"optimizer/{name}"))
         tensors.update({f"average/{key}": value for key, value in self.average.module.state_dict().items()})
+        for name, module in self.objective.checkpointed().items():
+            tensors.update({f"frozen/{name}/{key}": value for key, value in module.state_dict().items()})
         state: dict[str, Any] = {
             "stage": self.stage,
             "seconds": self.seconds,
@@ -239,6 +241,8 @@ class Trainer:
                 load_weights(player.module, _under(tensors, f"player/{name}/"), str(path))
                 restore_optimizer(self.optimizers[name], tensors, f"optimizer/{name}")
             load_weights(self.average.module, _under(tensors, "average/"), str(path))
+            for name, module in self.objective.checkpointed().items():
+                load_weights(module, _under(tensors, f"frozen/{name}/"), str(path))
             self.average.updates = state["average_updates"]
             self.objective.load_state(state["objective"])
             self.step, self.seconds = state["step"], state["seconds"]

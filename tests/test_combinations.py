@@ -93,6 +93,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
             "name": "moment_matching",
             "params": {"auxiliary_target": "posterior", "temperature": 0.8, "top_p": 0.9, "chunk_rows": 5},
         },
+        "sdtt": {"name": "sdtt", "params": {"rounds": 2, "chunk_rows": 5}},
     },
     "teacher": {"trained": {}, "exact": {}},
 }
@@ -107,6 +108,7 @@ def _refused(choice: dict[str, str]) -> bool:
         or (choice["generator"] == "pyramid" and not images)  # no grid
         or (choice["generator"] == "pyramid" and choice["backbone"] == "transformer_blocks")  # spans the whole grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
+        or (choice["objective"] == "sdtt" and choice["process"].startswith("uniform"))  # nothing is unmasked there
     )
 
 
