@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmmd_core.api import run
     from dmmd_core.blocks import times_per_position, times_per_sample, training_condition
     from dmmd_core.draws import Draws, categorical_from_uniform
     from dmmd_core.errors import (
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         Teacher,
         TextCodec,
         Value,
+        network_times,
         option,
         per_position,
         slot,
@@ -71,13 +73,21 @@ if TYPE_CHECKING:
     from dmmd_core.pipeline import Run
     from dmmd_core.plugins import load_plugins
     from dmmd_core.precision import component_device
-    from dmmd_core.progress import show_progress
+    from dmmd_core.progress import in_notebook, show_progress
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
-    from dmmd_core.saved import load_model_weights, load_student, load_teacher, saved_capabilities
+    from dmmd_core.saved import (
+        SavedModel,
+        load_model_weights,
+        load_student,
+        load_teacher,
+        saved_capabilities,
+        upload_model,
+    )
     from dmmd_core.shaping import ShapedDenoiser, guide_log_probs, guided, shape_log_probs
 
 _HOMES = {
+    "dmmd_core.api": "run",
     "dmmd_core.blocks": "times_per_position times_per_sample training_condition",
     "dmmd_core.draws": "Draws categorical_from_uniform",
     "dmmd_core.errors": "BadImageError CheckpointError DmmdError FieldError PluginError Problem RecipeError RunError "
@@ -87,15 +97,15 @@ _HOMES = {
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
     "EnumerableData Features FiniteData Generator ImageCodec ImageSource Images LanguageModel Losses Metric "
     "NetworkDenoiser NetworkPrediction Objective Picture Player Prediction Process Requirement Sampler Samples "
-    "Schedule Slot Subject TablePrediction Teacher TextCodec Value option per_position slot",
+    "Schedule Slot Subject TablePrediction Teacher TextCodec Value network_times option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
     "dmmd_core.precision": "component_device",
-    "dmmd_core.progress": "show_progress",
+    "dmmd_core.progress": "in_notebook show_progress",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
-    "dmmd_core.saved": "load_model_weights load_student load_teacher saved_capabilities",
+    "dmmd_core.saved": "SavedModel load_model_weights load_student load_teacher saved_capabilities upload_model",
     "dmmd_core.shaping": "ShapedDenoiser guide_log_probs guided shape_log_probs",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -145,6 +155,7 @@ __all__ = [
     "RunError",
     "Sampler",
     "Samples",
+    "SavedModel",
     "Schedule",
     "ShapedDenoiser",
     "Slot",
@@ -160,14 +171,17 @@ __all__ = [
     "guided",
     "hookimpl",
     "hub_problem",
+    "in_notebook",
     "load_model_weights",
     "load_plugins",
     "load_recipe",
     "load_student",
     "load_teacher",
+    "network_times",
     "option",
     "per_position",
     "rows_with_loss",
+    "run",
     "saved_capabilities",
     "shape_log_probs",
     "show_progress",
@@ -176,6 +190,7 @@ __all__ = [
     "times_per_position",
     "times_per_sample",
     "training_condition",
+    "upload_model",
 ]
 
 

@@ -133,11 +133,19 @@ class Assembly:
         teacher: Denoiser | None,
         copy_teacher: Callable[[], Denoiser] | None,
         num_steps: int | None,
+        training_steps: int,
     ) -> Objective:
         """Build an objective for one stage."""
         return cast(
             "Objective",
-            self._build(part, network=network, teacher=teacher, copy_teacher=copy_teacher, num_steps=num_steps),
+            self._build(
+                part,
+                network=network,
+                teacher=teacher,
+                copy_teacher=copy_teacher,
+                num_steps=num_steps,
+                training_steps=training_steps,
+            ),
         )
 
     def metrics(self) -> list[Metric]:

@@ -1,8 +1,8 @@
 """Directories that are either whole or not there, and checkpoints in them.
 
-A directory is written under a temporary name, every file synced and listed with its SHA-256 in ``manifest.json``,
-then renamed. Only safetensors and JSON are written and read; nothing is unpickled. What FSDP2 has sharded is written in
-shards, by all processes, and read by any number of them.
+A directory is written under a temporary name, every file synced and, but for a model card, listed with its SHA-256 in
+``manifest.json``, then renamed. Only safetensors and JSON are written and read; nothing is unpickled.
+What FSDP2 has sharded is written in shards, by all processes, and read by any number of them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dmmd_core.distributed import Processes
 from dmmd_core.errors import CheckpointError, RunError
 
 MANIFEST = "manifest.json"
+_FREE = ("README.md",)  # a model card may be edited, here or on the hub; nothing is read from it
 _PREFIX = "step_"
 _TEMPORARY = ".incomplete-"
 _SHARD = "shard-"  # as torch.distributed.checkpoint names its files
@@ -108,7 +109,7 @@ def _begin(temporary: Path, fill: Callable[[Path], None]) -> None:
 def _finish(path: Path, temporary: Path) -> None:
     """List, sync and rename what is complete."""
     files = sorted(file for file in temporary.iterdir() if file.is_file())
-    manifest = {file.name: _sha256(file) for file in files}
+    manifest = {file.name: _sha256(file) for file in files if file.name not in _FREE}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for file in [*files, temporary / MANIFEST, temporary]:
         _sync(file)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from dmmd_core.pipeline import Run
     from dmmd_core.registry import Registry
-    from dmmd_core.resolve import Plan
-    from dmmd_core.saved import SavedModel
 
 EXIT_CODES = "exit codes: 0 done; 1 internal error; 2 bad recipe, plugin, data or checkpoint; 130 interrupted"
 
@@ -60,7 +58,8 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dmmd-sample", description="Draw samples from a trained student or teacher.", epilog=EXIT_CODES
     )
-    parser.add_argument("path", help="a run directory, or its student or teacher folder")
+    parser.add_argument("path", help="a run directory, its student or teacher folder, or owner/name on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--steps", type=int, help="sampling steps; with blocks, for each (default: as trained for)")
     parser.add_argument("--num", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--model", choices=("student", "teacher"), default="student", help="which model")
@@ -175,23 +174,20 @@ def _run(options: argparse.Namespace) -> Any:
     if options.conformance:
         return _conformance(options, registry)
 
-    from dmmd_core.pipeline import Run
-    from dmmd_core.recipe import load_recipe
-    from dmmd_core.resolve import resolve
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    # Neither these modes nor --smoke needs the data, paths or libraries of the full run to be there.
-    plan = resolve(recipe, registry, outside=not (options.check or options.smoke or options.dry_run))
     if options.dry_run:
-        return _dry_run(options, plan)
-    if options.smoke:
-        from dmmd_core.smoke import clear_smoke_directory, smoke_settings
+        return _dry_run(options, registry)
 
-        recipe = load_recipe(options.recipe, options.overrides, background=smoke_settings(plan, options.overrides))
-        plan = resolve(recipe, registry)
-        if rank == 0:  # the others wait for it before they look
-            clear_smoke_directory(recipe.run.directory)
-    run = Run(plan, registry, quiet=options.quiet)
+    from dmmd_core.api import prepare
+
+    # Neither --check nor --smoke needs the data, paths or libraries of the full run to be there.
+    run = prepare(
+        options.recipe,
+        options.overrides,
+        registry=registry,
+        smoke=options.smoke,
+        quiet=options.quiet,
+        outside=not options.check,
+    )
     if options.check:
         return _check(options, run, registry)
     _stop_on_signals(run)
@@ -225,13 +221,16 @@ def _list(options: argparse.Namespace, registry: Registry) -> Any:
     return [listing.explain_as_data(entry) for entry in entries]
 
 
-def _dry_run(options: argparse.Namespace, plan: Plan) -> Any:
+def _dry_run(options: argparse.Namespace, registry: Registry) -> Any:
     from dataclasses import asdict
     from pathlib import Path
 
     from dmmd_core.agenda import agenda
     from dmmd_core.listing import print_agenda
+    from dmmd_core.recipe import load_recipe
+    from dmmd_core.resolve import resolve
 
+    plan = resolve(load_recipe(options.recipe, options.overrides), registry, outside=False)
     items, directory = agenda(plan), Path(plan.recipe.run.directory)
     if not options.json:
         print_agenda(items, directory)
@@ -300,14 +299,16 @@ def _sample(options: argparse.Namespace) -> Any:
         raise RunError(f"--out: {out} is a file; give a folder")
     load = load_student if options.model == "student" else load_teacher
     registry = load_plugins(files=options.plugin)
-    model = load(options.path, device=choose_device(options.device), registry=registry)
+    model = load(options.path, device=choose_device(options.device), registry=registry, revision=options.revision)
     try:
         tokens = model.sample(
             options.num,
             steps=options.steps,
             seed=options.seed,
             label=options.label,
-            template=_template(options, model),
+            prompt=options.prompt,
+            suffix=options.suffix,
+            template=_template(options),
             length=options.length,
             guidance=options.guidance,
             temperature=options.temperature,
@@ -323,12 +324,8 @@ def _sample(options: argparse.Namespace) -> Any:
     return {"files": files, "model": options.model, "steps": steps, "num": options.num, "seed": options.seed}
 
 
-def _template(options: argparse.Namespace, model: SavedModel) -> Tensor | None:
-    """The tokens to keep, from a prompt or from a file; raises a `ValueError` where they make no sense."""
-    if options.template and (options.prompt or options.suffix):
-        raise ValueError("--template and --prompt or --suffix exclude each other")
-    if options.prompt or options.suffix:
-        return model.text_template(options.prompt, options.suffix, length=options.length)
+def _template(options: argparse.Namespace) -> Tensor | None:
+    """The tokens to keep, from a file; raises a `ValueError` where it is none."""
     if not options.template:
         return None
     import numpy as np

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +42,7 @@ from dmmd_core.precision import AutocastSampler, choose_device, choose_precision
 from dmmd_core.recipe import TrainSection, differing_keys
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Part, Plan
-from dmmd_core.saved import Role, read_config, recipe_from_plain, save_model
+from dmmd_core.saved import Role, package_versions, read_config, recipe_from_plain, save_model, write_card
 from dmmd_core.schema import read_yaml
 from dmmd_core.train import Trainer
 
@@ -205,6 +204,7 @@ class Run:
                     teacher=copy.deepcopy(teacher) if self.sharded else teacher,
                     copy_teacher=copy_teacher,
                     num_steps=num_steps,
+                    training_steps=section.steps,
                 )
                 trained = Trainer(self, stage, objective, section, self.directory / "checkpoints" / stage).train()
                 role: Role = "student" if stage == "distill" else "teacher"
@@ -272,6 +272,9 @@ class Run:
         jobs += [("teacher", steps, teacher) for steps in section.teacher_steps]
         jobs += [("student", steps, student) for steps in section.student_steps]
         self._run_stage("evaluate", len(jobs), lambda: self._judge(jobs))
+        for role in ("teacher", "student"):
+            if (self.directory / role).is_dir():
+                write_card(self.directory / role, self.metrics["results"])
 
     def _judge(self, jobs: list[tuple[str, int, Denoiser | None]]) -> dict[str, Any]:
         started = time.monotonic() - self.metrics["timing"].get("evaluate", 0.0)
@@ -434,9 +437,8 @@ class Run:
         return stages, _read_json(directory / "metrics.json", self.metrics)
 
     def _versions(self) -> dict[str, Any]:
-        names = ["dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors"]
         return {
-            "packages": {name: version(name) for name in names},
+            "packages": package_versions(),
             "plugins": [asdict(provider) for provider in self.registry.providers],
             "components": {f"{p.entry.kind}:{p.entry.name}": p.entry.provider.plugin for p in self.plan.parts()},
         }

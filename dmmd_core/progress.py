@@ -1,4 +1,4 @@
-"""Progress of work that is no stage of a run: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of work that is no stage of a run: a bar on a terminal or in a notebook, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 _LINE_EVERY_S = 15.0
 QUIET = "DMMD_QUIET"  # environment variable of the command lines' --quiet
+
+
+def in_notebook() -> bool:
+    """Whether this is a notebook: a bar can be drawn there, although standard error is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return any(cls.__name__ == "ZMQInteractiveShell" for cls in type(shell).__mro__)
 
 
 def show_progress(
@@ -37,8 +43,8 @@ def show_progress(
     if os.environ.get(QUIET):
         yield from items
         return
-    if sys.stderr.isatty():
-        from tqdm.auto import tqdm
+    if sys.stderr.isatty() or in_notebook():
+        from tqdm import tqdm
 
         bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", mininterval=1.0, leave=False)
         with bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -119,9 +119,9 @@ class RunSection:
         "auto", help="autocast precision of the networks; auto is bfloat16 on CUDA, float32 elsewhere"
     )
     tf32: bool = option(False, help="float32 matrix products in TensorFloat-32 on CUDA: faster, 10 bits of mantissa")
-    compile: bool = option(False, help="compile the networks block by block with torch.compile")
+    compile: bool = option(False, help="compile the networks with torch.compile, piece by piece")
     activation_checkpointing: bool = option(
-        False, help="keep no activations within a block, and compute it again in the backward pass: less memory"
+        False, help="keep no activations within a piece of a network, compute them again in the backward pass: less memory"
     )
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", help="what each of several processes holds in training: all weights (ddp), or a share of them (fsdp)"
@@ -154,7 +154,13 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse recipes of another format."""
         if self.schema != SCHEMA:
-            raise FieldError("schema", f"must be {SCHEMA} for this version of dmmd, got {self.schema}")
+            way = (
+                "the recipe is of a newer dmmd: upgrade dmmd"
+                if self.schema > SCHEMA
+                else "the recipe is of an older dmmd: bring it up to date (CHANGELOG.md tells what changed), or run it "
+                "with the version that it was written for"
+            )
+            raise FieldError("schema", f"must be {SCHEMA} for this version of dmmd, got {self.schema}; {way}")
 
     def training_sections(self) -> dict[str, TrainSection]:
         """The training stages of this recipe by name: ``teacher``, ``initialize``, ``distill``."""
@@ -185,15 +191,32 @@ def load_recipe(
         RecipeError: Carries every problem with file, line and key.
     """
     content, lines = read_yaml(Path(path))
+    return _read(content, str(path), lines, overrides, background)
+
+
+def change_recipe(
+    recipe: Recipe, overrides: Sequence[str] = (), background: Sequence[tuple[str, Any]] = ()
+) -> Recipe:
+    """Change keys of a recipe and validate it again; arguments, result and errors as for `load_recipe`."""
+    return _read(recipe.plain(), recipe.source.path, recipe.source.lines, overrides, background)
+
+
+def _read(
+    content: dict[str, Any],
+    path: str,
+    lines: Mapping[str, int],
+    overrides: Sequence[str],
+    background: Sequence[tuple[str, Any]],
+) -> Recipe:
     config = OmegaConf.create(content)
     for key, value in background:
         OmegaConf.update(config, key, value, merge=False, force_add=True)
     texts: dict[str, str] = {}
-    problems = Problems(Source(str(path), lines, texts))
+    problems = Problems(Source(path, lines, texts))
     for text in overrides:
         _apply_override(config, text, texts, problems)
     problems.raise_if_any()
-    source = Source(str(path), lines, texts)
+    source = Source(path, lines, texts)
     plain = OmegaConf.to_container(config, resolve=False)
     refuse_interpolation(plain, source)
     problems = Problems(source)

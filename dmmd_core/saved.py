@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +15,19 @@ import torch
 from torch import Tensor
 
 from dmmd_core.assemble import Assembly
-from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
+from dmmd_core.card import CARD, card
+from dmmd_core.checkpoint import (
+    load_tensors,
+    load_weights,
+    save_tensors,
+    verify_directory,
+    write_directory,
+    write_text,
+)
 from dmmd_core.distributed import Processes
 from dmmd_core.draws import Draws
-from dmmd_core.errors import CheckpointError, Problem, RecipeError
+from dmmd_core.errors import CheckpointError, Problem, RecipeError, RunError
+from dmmd_core.hub import download_folder, may_be_repository, upload_folder
 from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler, TextCodec
 from dmmd_core.plugins import load_plugins
 from dmmd_core.recipe import Recipe
@@ -29,6 +40,11 @@ from dmmd_core.sharding import whole_tensors
 Role = Literal["teacher", "student"]
 _SCHEMA = 1
 FREE = -1  # in a template: a position that the model fills in
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a model is."""
+    return {name: version(name) for name in ("dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors")}
 
 
 def save_model(
@@ -57,6 +73,8 @@ def save_model(
         "role": role,
         "spec": dataclasses.asdict(assembly.spec),
         "codec_fingerprint": codec.fingerprint(),
+        "media": codec.media,
+        "versions": package_versions(),
         "recipe": assembly.plan.recipe.plain(),
         "providers": {f"{p.entry.kind}:{p.entry.name}": str(p.entry.provider) for p in assembly.plan.parts()},
         **facts,
@@ -66,8 +84,14 @@ def save_model(
         save_tensors(folder / "model.safetensors", weights)
         save_tensors(folder / "codec.safetensors", codec.state())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card(config), encoding="utf-8")
 
     processes.from_main(lambda: write_directory(path, fill))
+
+
+def write_card(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write a model folder's card again, with the figures of an evaluation (rows of ``metrics.json``)."""
+    write_text(path / CARD, card(read_config(path), results))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -83,7 +107,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("schema") != _SCHEMA:
         raise CheckpointError(
             f"{path / 'config.json'} has schema {config.get('schema')!r}, this version of dmmd reads {_SCHEMA}; load "
-            "it with the version that wrote it"
+            f"it with the version that wrote it ({config.get('versions', {}).get('dmmd', 'not recorded')})"
         )
     return config
 
@@ -137,8 +161,11 @@ class SavedModel:
         num: int,
         *,
         steps: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
         label: int | None = None,
+        prompt: str = "",
+        suffix: str = "",
         template: Tensor | None = None,
         length: int | None = None,
         guidance: float | None = None,
@@ -152,8 +179,11 @@ class SavedModel:
             num: How many.
             steps: Sampling steps, for each block where the model has blocks; by default what the student was trained
                 for.
-            seed: Seed of all noise.
+            seed: Seed of all noise; 0 by default.
+            generator: Gives the seed instead and moves on, so that every call draws other samples.
             label: Class label for all of them; None draws labels uniformly where the model takes them.
+            prompt: Text that every sample begins with, for models of text.
+            suffix: Text that every sample ends with.
             template: Given tokens, int64 ``[length]`` or ``[num, length]``, with `FREE` where the model fills in
                 (`text_template` makes one of a prompt). The given tokens stay as they are; a model with blocks looks at
                 those before and within a block, never at those behind it.
@@ -169,8 +199,9 @@ class SavedModel:
 
         Raises:
             ValueError: A label for a model without classes, one out of range, no number of steps, a length that the
-                model cannot draw, guidance for a model that cannot be guided, or a template of another shape or with
-                tokens that the model does not have.
+                model cannot draw, guidance for a model that cannot be guided, a prompt for a model that does not speak
+                text, a template of another shape or with tokens that the model does not have, both seed and
+                generator, or both template and prompt or suffix.
         """
         steps = steps or self.trained_num_steps
         if not steps or steps < 1 or num < 1:
@@ -184,6 +215,14 @@ class SavedModel:
         length = self.checked_length(length)
         if guidance is not None:
             self._check_guidance(guidance)
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator exclude each other; give one of them")
+        if generator is not None:
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        if prompt or suffix:
+            if template is not None:
+                raise ValueError("a template and a prompt or suffix exclude each other; give one of them")
+            template = self.text_template(prompt, suffix, length=length)
         if template is not None:
             template = self._checked_template(template, num, length)
         denoiser = self.denoiser
@@ -199,7 +238,7 @@ class SavedModel:
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         parts = []
         for start in range(0, num, batch_size):
-            draws = Draws.for_range(seed, 0, start, min(batch_size, num - start), device).within("sample")
+            draws = Draws.for_range(seed or 0, 0, start, min(batch_size, num - start), device).within("sample")
             condition = self._condition(draws, label)
             if template is not None:
                 given = template[start : start + draws.batch].to(device)
@@ -282,31 +321,80 @@ class SavedModel:
 
 
 def load_student(
-    path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    registry: Registry | None = None,
+    revision: str | None = None,
 ) -> SavedModel:
-    """Load the student of a run.
+    """Load the student of a run, or one from the Hugging Face hub.
 
     Args:
-        path: A run directory or its ``student`` folder.
+        path: A run directory, its ``student`` folder, or a repository of the hub, ``owner/name``.
         device: Where to put the model.
         registry: The components; all installed plugins by default.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: The folder is missing or damaged, or its weights do not fit.
         RecipeError: A component that it needs is not installed.
     """
-    return _load(_folder(path, "student"), "student", device, registry)
+    return _load(_folder(path, "student", revision), "student", device, registry)
 
 
 def load_teacher(
-    path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    registry: Registry | None = None,
+    revision: str | None = None,
 ) -> SavedModel:
     """Load the teacher that a run trained; arguments and errors as for `load_student`."""
-    return _load(_folder(path, "teacher"), "teacher", device, registry)
+    return _load(_folder(path, "teacher", revision), "teacher", device, registry)
 
 
-def _folder(path: str | Path, role: str) -> Path:
+def upload_model(
+    path: str | Path, repository: str, *, role: Role = "student", private: bool = True, revision: str | None = None
+) -> str:
+    """Upload a model folder to the Hugging Face hub, where `load_student` and `load_teacher` find it by name.
+
+    The folder goes up as it is: weights, codec, ``config.json`` and card, in which the recipe stands with its paths.
+
+    Args:
+        path: A run directory or a model folder.
+        repository: ``owner/name``; made where it is missing.
+        role: Which model of the run.
+        private: Whether a new repository is private.
+        revision: Branch to upload to.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or holds the other model.
+        RunError: The hub is out of reach, or refuses.
+    """
+    folder = _folder(path, role)
+    config = read_config(folder)
+    if config["role"] != role:
+        raise CheckpointError(f"{folder} holds a {config['role']}, not a {role}")
+    if not (folder / CARD).exists():  # of a run that was made before there were cards
+        write_card(folder, ())
+    message = f"{role} of {config['recipe']['name']}"
+    return upload_folder(folder, repository, private=private, revision=revision, message=message)
+
+
+def _folder(path: str | Path, role: str, revision: str | None = None, *, cached: bool = False) -> Path:
+    """The model folder that is meant: of a run directory, itself, or of the hub."""
     path = Path(path)
+    if not path.exists() and may_be_repository(path):
+        try:
+            return download_folder(str(path), revision, cached=cached)
+        except RunError as error:
+            raise CheckpointError(
+                f"there is no model folder {path}, and {error}; give a run directory, its teacher or student folder, "
+                "or a name on the hub"
+            ) from error
     return path / role if (path / role).is_dir() or not (path / "config.json").exists() else path
 
 
@@ -342,9 +430,9 @@ def saved_capabilities(path: str | Path, role: Role) -> frozenset[str] | None:
         role: What the model must be.
     """
     try:
-        config = json.loads((_folder(path, role) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((_folder(path, role, cached=True) / "config.json").read_text(encoding="utf-8"))
         return frozenset(config.get("capabilities", ()))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, CheckpointError):
         return None  # whoever loads it will say what is wrong
 
 

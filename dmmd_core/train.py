@@ -302,6 +302,8 @@ class Trainer:
             tensors.update({f"player/{name}/{key}": v for key, v in player.module.state_dict().items()})
             tensors.update(flatten_optimizer(self.optimizers[name], f"optimizer/{name}"))
         tensors.update({f"average/{key}": value for key, value in self.average.module.state_dict().items()})
+        for name, module in self.objective.checkpointed().items():
+            tensors.update({f"frozen/{name}/{key}": value for key, value in module.state_dict().items()})
         state: dict[str, Any] = {
             "stage": self.stage,
             "seconds": self.seconds,
@@ -331,6 +333,8 @@ class Trainer:
                 let_go(player.module)
                 restore_optimizer(self.optimizers[name], tensors, f"optimizer/{name}")
             load_weights(self.average.module, _under(tensors, "average/"), str(path))
+            for name, module in self.objective.checkpointed().items():
+                load_weights(module, _under(tensors, f"frozen/{name}/"), str(path))
             self.average.updates = state["average_updates"]
             self.objective.load_state(state["objective"])
             self.step, self.seconds = state["step"], state["seconds"]

@@ -72,6 +72,7 @@ def make_trainer(tmp_path: Path, **changes: Any) -> tuple[Run, Trainer]:
         teacher=network,
         copy_teacher=run.assembly.network,
         num_steps=2,
+        training_steps=run.plan.recipe.distill.steps,
     )
     return run, Trainer(run, "distill", objective, run.plan.recipe.distill, tmp_path / "checkpoints")
 

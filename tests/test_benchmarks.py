@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
+import math
 import sys
 from types import ModuleType
 
+import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, make_run, tiny_recipe
 
 from dmmd_core import Draws, load_plugins, load_recipe
 from dmmd_core.assemble import Assembly
 from dmmd_core.interfaces import Condition
 from dmmd_core.resolve import resolve
+from dmmd_core.saved import recipe_from_plain
 
 
 def benchmark(name: str) -> ModuleType:
@@ -56,3 +61,119 @@ def test_estimate_shows_a_row_for_each_stage(capsys, monkeypatch):
     assert benchmark("estimate").main() == 0
     lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert [line[:3] for line in lines[2:]] == [["quickstart", "teacher", "128"], ["quickstart", "distill", "64"]]
+
+
+def test_device_step_measures_a_recipe_whose_data_are_not_there(tmp_path, monkeypatch):
+    """ImageNet's recipe with a small transformer, without pictures and tokenizer."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / "out.json"
+    small = [f"backbone.params.{key}" for key in ("width=64", "depth=1", "heads=2")]
+    sizes = ["--batch", "1", "--samples", "1", "--repeats", "1", "--attention", "sdpa", "--device", "cpu"]
+    recipe = str(ROOT / "recipes" / "imagenet_vq.yaml")
+    monkeypatch.setattr("sys.argv", ["device_step.py", recipe, *small, *sizes, "--out", str(out)])
+    assert benchmark("device_step").main() == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["kernel"] == "sdpa"
+    for part in ("train", "sampling_step"):
+        assert 0 < row[part]["share_of_matrix_rate"] < 1.5
+        assert row[part]["operations"] > 2 * 256 * 8192 * 64  # at least the head's
+
+
+@pytest.mark.gpu
+def test_attention_kernels_side_by_side_on_a_gpu(tmp_path, monkeypatch):
+    """Both kernels run the same step in bfloat16."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / "out.json"
+    recipe = str(ROOT / "recipes" / "imagenet_vq.yaml")
+    monkeypatch.setattr("sys.argv", ["device_step.py", recipe, "--batch", "4", "--samples", "4", "--out", str(out)])
+    assert benchmark("device_step").main() == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["sdpa", "xformers"]
+    assert all(row["precision"] == "bfloat16" and row["train"]["peak_bytes"] > 0 for row in rows)
+
+
+class _Counted:
+    """Network passes of an objective: three with a graph, one without."""
+
+    def __init__(self, inner):
+        self.inner, self.passes = inner, 0
+        inner.register_forward_hook(self._count)
+
+    def _count(self, module, arguments, result):
+        examples = len(arguments[0]) / 8
+        self.passes += examples * (3 if torch.is_grad_enabled() else 1)
+
+
+@pytest.mark.parametrize("name", ["moment_matching", "sdtt", "dimo", "idlm", "di4c", "dcd"])
+def test_the_passes_of_a_method_are_those_that_its_objective_makes(name, tmp_path):
+    compare = benchmark("compare")
+    method = compare.METHODS[name]
+    recipe = tiny_recipe(tmp_path, objective={"name": name, "params": method.params or {}})
+    recipe["process"] = {"name": method.noise[0]}
+    recipe["distill"]["num_steps"] = 1
+    assembly = make_run(recipe).assembly
+    start = assembly.network()
+    networks = [assembly.generator(copy.deepcopy(start.backbone)), copy.deepcopy(start), copy.deepcopy(start)]
+    counted = [_Counted(network) for network in networks]
+    student, teacher, auxiliary = networks
+    part = make_run(recipe).plan.objective
+    objective = assembly.objective(
+        part, network=student, teacher=teacher, copy_teacher=lambda: auxiliary, num_steps=1, training_steps=600
+    )
+    steps = 6  # whole cycles of turns
+    for step in range(steps):
+        draws = Draws.for_range(0, step, 0, 8)
+        objective.loss(objective.turn(step), assembly.data.training_batch(draws), draws)
+    assert sum(one.passes for one in counted) / steps == pytest.approx(method.passes)
+
+
+def _measured(made, directory):
+    """What a run would give, were quality the number of updates times a method's best learning rate."""
+    best = {"moment_matching": 3e-4, "idlm": 3e-3}.get(made["objective"]["name"], 1e-3)
+    off = abs(math.log(made["distill"]["optimizer"]["learning_rate"] / best))
+    value = 1 / made["distill"]["steps"] + off + made["run"]["seed"] / 1000
+    rows = [("student", steps, value / steps) for steps in made["evaluate"]["student_steps"]]
+    rows += [("teacher", steps, 1 / steps) for steps in made["evaluate"]["teacher_steps"]]
+    results = [{"metric": "total_variation", "model": m, "num_steps": n, "value": v} for m, n, v in rows]
+    return {"results": results, "timing": {}}
+
+
+def test_compare_tunes_every_method_and_gives_it_equal_iterations_and_passes(tmp_path, monkeypatch, capsys):
+    compare = benchmark("compare")
+    made = []
+
+    def run(recipe, directory):
+        made.append((recipe, directory.name))
+        return _measured(recipe, directory)
+
+    monkeypatch.setattr(compare, "run_recipe", run)
+    places = [f"--{name}={tmp_path / name}" for name in ("runs", "out", "plots")]
+    monkeypatch.setattr("sys.argv", ["compare.py", "coins", "--seeds", "2", *places])
+    assert compare.main() == 0
+    content = json.loads((tmp_path / "out" / "compare_coins_cpu.json").read_text())
+    assert content["chosen"] == {"moment_matching": 3e-4, "sdtt": 1e-3, "dimo": 1e-3, "idlm": 3e-3, "di4c": 1e-3}
+    assert (tmp_path / "plots" / "compare_coins_cpu.png").stat().st_size > 1000
+    names = [name for _, name in made]
+    assert len(names) == len(set(names))
+    reference = compare.TASKS["coins"].sizes["cpu"]["distill.steps"]
+    for recipe, name in made:
+        method = compare.METHODS[name.split("-")[0]]
+        spent = recipe["distill"]["steps"] * method.passes
+        if "-passes-" in name:
+            assert spent == pytest.approx(7 * reference, abs=method.passes)
+        else:
+            assert recipe["distill"]["steps"] == reference
+        assert recipe["distill"]["optimizer"]["beta1"] == method.beta1
+        resolve(recipe_from_plain(recipe, name), load_plugins())  # valid, every one
+    told = capsys.readouterr().out
+    assert "| moment_matching | iterations | 0.0003 | 2000 |" in told
+    assert "| di4c | passes | 0.001 | 824 |" in told
+
+
+def test_compare_never_takes_the_figures_of_another_recipe(tmp_path):
+    compare = benchmark("compare")
+    compare.write(tmp_path / "a.yaml", "distill: {steps: 1}\n")
+    with pytest.raises(SystemExit, match="is another recipe than this run's"):
+        compare.run_recipe({"distill": {"steps": 2}}, tmp_path / "a")

@@ -92,6 +92,9 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("objective", "denoising", {"chunk_rows": 5}),
     ("objective", "moment_matching", {"turns": "alternate", "auxiliary_target": "posterior"}),
     ("objective", "moment_matching", {"auxiliary_target": "soft", "times": "grid"}),
+    ("generator", "partly_random", {"masked_share": 0.2, "width": 4}),
+    ("objective", "dimo", {"turns": "joint", "jeffreys_coefficient": 1.0}),
+    ("objective", "sdtt", {"divergence": "forward_kl", "round_average": 0.9, "times": "grid"}),
     ("process", "masked", {"weight": "elbo", "schedule": {"name": "cosine"}}),
     ("process", "uniform", {"loss": "posterior_kl", "weight": "elbo", "parametrization": "leave_one_out"}),
     ("process", "uniform", {"parametrization": "leave_one_out", "schedule": {"name": "polynomial"}}),
@@ -633,6 +636,13 @@ OBJECTIVES: list[tuple[str, str, type, dict[str, Any], str]] = [
     ("objective", "turns", variant(Denoising, turn=lambda self, step: ()), {}, "turn(0) is nobody's"),
     ("objective", "turns", variant(MomentMatching, turn=lambda self, step: ("student",)), {}, "no turn of auxiliary"),
     ("objective", "frozen", variant(MomentMatching, frozen=lambda self: {}), {}, "the teacher is not among frozen()"),
+    (
+        "objective",
+        "frozen",
+        variant(MomentMatching, checkpointed=lambda self: {"former": self.teacher}),
+        {},
+        "checkpointed() holds former, which frozen() does not",
+    ),
     ("objective", "losses", ChangedLoss(_attached).of(Denoising), {}, "the metric 'loss' is not detached"),
     (
         "objective",

@@ -75,6 +75,20 @@ def test_two_processes_judge_the_samples_of_one(alone: dict[str, Any], together:
     assert (directory / "run" / "samples" / "student_2" / "samples.safetensors").exists()
 
 
+def test_a_student_that_becomes_the_teacher_does_so_in_every_process(tmp_path: Path) -> None:
+    told = {}
+    for size, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        recipe = _recipe(tmp_path / f"{parallel}{size}", parallel)
+        recipe["teacher"]["train"]["steps"] = 2
+        recipe["distill"]["steps"] = 9
+        recipe["objective"] = {"name": "sdtt", "params": {"rounds": 3, "round_average": 0.5}}
+        told[size, parallel] = run_together(size, recipe, tmp_path / f"told{parallel}{size}")[0]
+        assert told[size, parallel]["error"] is None
+    expected = _losses(told[1, "ddp"], "distill")
+    for each in told.values():
+        torch.testing.assert_close(_losses(each, "distill"), expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_checkpoint_of_two_processes_goes_on_in_another_number(
     size: int, alone: dict[str, Any], together: Any, tmp_path: Path

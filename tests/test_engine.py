@@ -1,4 +1,4 @@
-"""Choices of the engine that must not change what is computed: parts of batches, recomputation, compilation, kernels."""
+"""Choices of the engine that do not change what is computed: parts of batches, recomputation, compilation, kernels."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def _trainer(tmp_path: Path, run: dict[str, Any] | None = None, dropout: float =
         teacher=network,
         copy_teacher=made.assembly.network,
         num_steps=2,
+        training_steps=6,
     )
     with torch.no_grad():  # heads and gates start at zero; here everything must have a gradient
         generator = torch.Generator().manual_seed(1)

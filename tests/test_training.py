@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from helpers import RECIPES, make_run, make_trainer, tiny_recipe
 from torch import nn
 
 from dmmd_core import RunError, load_plugins
+from dmmd_core.checkpoint import load_tensors
 from dmmd_core.ema import MovingAverage
+from dmmd_core.errors import Interrupted
 from dmmd_core.optim import learning_rate
 from dmmd_core.pipeline import Run
 from dmmd_core.recipe import OptimizerSection, load_recipe
@@ -139,3 +142,28 @@ def test_bfloat16_runs_train_and_sample_in_it_and_keep_float32_weights(tmp_path:
 
     weights = load_file(run.directory / "student" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_run_stopped_in_a_later_round_goes_on_with_that_rounds_teacher(tmp_path: Path) -> None:
+    weights = []
+    for stop in (None, 5):
+        folder = tmp_path / str(stop)
+        recipe = tiny_recipe(folder, objective={"name": "sdtt", "params": {"rounds": 2, "round_average": 0.5}})
+        recipe["distill"] |= {"steps": 8, "log_every": 1, "checkpoint_every": 8}
+        run = make_run(recipe)
+        if stop is not None:
+            run.after_step = _stopper(run, stop)  # type: ignore[method-assign]
+            with pytest.raises(Interrupted):
+                run.execute()
+            run = make_run(recipe)
+        run.execute()
+        weights.append(load_tensors(folder / "run" / "student" / "model.safetensors"))
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name])
+
+
+def _stopper(run: Run, stop: int) -> Callable[[int, Mapping[str, float]], None]:
+    def after_step(step: int, metrics: Mapping[str, float]) -> None:
+        run.stop_requested = run.stage == "distill" and step == stop
+
+    return after_step

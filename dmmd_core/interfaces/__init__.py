@@ -11,6 +11,7 @@ from dmmd_core.interfaces.denoiser import (
     NetworkPrediction,
     Prediction,
     TablePrediction,
+    network_times,
 )
 from dmmd_core.interfaces.generator import Generator
 from dmmd_core.interfaces.image_source import ImageSource, Picture
@@ -68,6 +69,7 @@ __all__ = [
     "Teacher",
     "TextCodec",
     "Value",
+    "network_times",
     "option",
     "per_position",
     "slot",

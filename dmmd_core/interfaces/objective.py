@@ -47,7 +47,8 @@ class Objective(Component, ABC):
 
     Assembly offers the constructor: ``process``; ``network``, the denoiser to train; ``teacher``, the frozen
     denoiser or None; ``copy_teacher``, a function that returns a new trainable denoiser with the weights that the
-    network started from; ``num_steps``, the sampling steps a student is trained for, or None.
+    network started from; ``num_steps``, the sampling steps a student is trained for, or None; ``training_steps``, the
+    optimiser steps of the stage.
     """
 
     kind: ClassVar[str] = "objective"
@@ -58,6 +59,13 @@ class Objective(Component, ABC):
 
     def frozen(self) -> dict[str, nn.Module]:
         """Modules that are only asked; the loop keeps them in evaluation mode without gradients."""
+        return {}
+
+    def checkpointed(self) -> dict[str, nn.Module]:
+        """Those of `frozen` whose weights change all the same, such as a student that became the teacher.
+
+        Checkpoints hold their weights beside the players'.
+        """
         return {}
 
     def turn(self, step: int) -> tuple[str, ...]:

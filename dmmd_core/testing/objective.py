@@ -47,6 +47,7 @@ class Game:
             teacher=self.teacher,
             copy_teacher=(lambda: copy.deepcopy(start)) if self.distills else None,
             num_steps=2 if self.distills else None,
+            training_steps=_LESSONS,
         )
         self.players: dict[str, Player] = dict(self.objective.players())
 
@@ -166,6 +167,8 @@ def frozen(case: ObjectiveCase) -> None:
     for name, module in still.items():
         expect(isinstance(module, nn.Module), f"frozen() holds {name!r}: {module!r}")
         expect(not own & _parameters(module), f"{name!r} is frozen, and part of a player")
+    astray = [name for name, module in game.objective.checkpointed().items() if still.get(name) is not module]
+    expect(not astray, f"checkpointed() holds {', '.join(astray)}, which frozen() does not")
     if game.teacher is not None:
         held = any(game.teacher is part for module in still.values() for part in module.modules())
         expect(held, "the teacher is not among frozen(), so that the loop leaves it in training mode")
@@ -249,7 +252,8 @@ def state(case: ObjectiveCase) -> None:
 def teacher_kept(case: ObjectiveCase) -> None:
     """A network as teacher keeps its weights and its mode, and gets no gradient."""
     game = case.game()
-    modules = list(game.objective.frozen().values())
+    changing = game.objective.checkpointed()
+    modules = [module for name, module in game.objective.frozen().items() if name not in changing]
     for module in modules:
         module.eval().requires_grad_(False)
     before = [copy.deepcopy(module.state_dict()) for module in modules]

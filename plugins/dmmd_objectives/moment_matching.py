@@ -26,7 +26,6 @@ from dmmd_core import (
     Requirement,
     Rows,
     ShapedDenoiser,
-    categorical_from_uniform,
     option,
     per_position,
     rows_with_loss,
@@ -35,6 +34,7 @@ from dmmd_core import (
     times_per_sample,
     training_condition,
 )
+from dmmd_objectives.steps import ancestral_step
 
 _NEAR = 0.1  # of alarm_gap: where the auxiliary is so near the teacher, the student has not collapsed
 
@@ -210,22 +210,15 @@ class MomentMatching(Objective):
         metrics["teacher_auxiliary_gap"] = totals[-1].detach()
         return Losses(by_player, metrics)
 
-    @torch.no_grad()
     def _draw_z_s(
         self, prediction: Prediction, z_t: Tensor, s: Tensor, t: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor]:
-        """Draw x ~ Cat(p) where it will be looked at, then z_s ~ q(z_s | z_t, x)."""
-        needed = self.process.rows_to_draw(z_t, s, t, draws)
-        if self.config.auxiliary_target == "hard":
-            needed = needed | self.process.rows_with_loss(z_t, t)
-        index = needed.flatten().nonzero().squeeze(-1)
-        uniform = draws.uniform("x", z_t.shape[1:]).flatten()
-        x = z_t.clamp(max=self.process.vocab_size - 1).flatten()
-        for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
-            x[rows] = categorical_from_uniform(log_probs.exp(), uniform[rows])
-            del log_probs
-        x = x.view_as(z_t)
-        return x, self.process.posterior_sample(x, z_t, s, t, draws)
+        """Draw x ~ Cat(p), then z_s ~ q(z_s | z_t, x)."""
+        hard = self.config.auxiliary_target == "hard"
+        wanted = self.process.rows_with_loss(z_t, t) if hard else None
+        return ancestral_step(
+            self.process, prediction, z_t, s, t, draws, wanted=wanted, chunk_rows=self.config.chunk_rows
+        )
 
     def _row_losses(
         self,

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
+from dmmd_core import in_notebook
 from dmmd_reporting.rate import Rate, clock, rate_text
 from dmmd_reporting.summary import Summary, summarize
 
@@ -26,7 +28,7 @@ _METRICS_SHOWN = 3
 
 
 class Terminal:
-    """A progress bar on a terminal, a line now and then elsewhere.
+    """A progress bar on a terminal or in a notebook, a line now and then elsewhere.
 
     Args:
         run: Its messages are shown without tearing the bar.
@@ -41,6 +43,7 @@ class Terminal:
         self._seconds = seconds
         self._progress: Progress | None = None
         self._task: Any = None
+        self._line: tqdm[Any] | None = None  # a notebook shows a line that is drawn over, and no cursor that moves up
         self._stage = ""
         self._rate = Rate(0)
         self._printed_s = 0.0
@@ -77,6 +80,9 @@ class Terminal:
         speed, left = rate_text(self._rate.per_second), clock(self._rate.remaining_s)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, speed=f"{speed}  ETA {left}", metrics=text)
+        elif self._line is not None:
+            self._line.set_postfix_str(text, refresh=False)
+            self._line.update(step - self._line.n)
         elif first or last or now - self._printed_s >= _PLAIN_INTERVAL_S:
             self._printed_s = now
             self.say(f"{run.stage}: {step}/{run.stage_steps}  {speed}  ETA {left}  {text}")
@@ -92,6 +98,9 @@ class Terminal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
     def closing_table(self, run: Run, console: Console | None = None) -> None:
         """Print all figures and where the report is, to standard output."""
@@ -112,6 +121,8 @@ class Terminal:
         self._stage, self._rate = run.stage, Rate(run.stage_steps)
         if run.stage not in self._going_on:
             self._rate.report(0, self._free_since_s)
+        if in_notebook() and not run.quiet:
+            self._line = tqdm(total=run.stage_steps, initial=step, desc=run.stage, unit=" steps", mininterval=1.0)
         if not self.console.is_interactive:
             return
         self._progress = Progress(
