@@ -272,6 +272,9 @@ class Run:
         jobs += [("teacher", steps, teacher) for steps in section.teacher_steps]
         jobs += [("student", steps, student) for steps in section.student_steps]
         self._run_stage("evaluate", len(jobs), lambda: self._judge(jobs))
+        self.processes.from_main(self._write_cards)
+
+    def _write_cards(self) -> None:
         for role in ("teacher", "student"):
             if (self.directory / role).is_dir():
                 write_card(self.directory / role, self.metrics["results"])

@@ -121,7 +121,7 @@ class RunSection:
     tf32: bool = option(False, help="float32 matrix products in TensorFloat-32 on CUDA: faster, 10 bits of mantissa")
     compile: bool = option(False, help="compile the networks with torch.compile, piece by piece")
     activation_checkpointing: bool = option(
-        False, help="keep no activations within a piece of a network, compute them again in the backward pass: less memory"
+        False, help="keep no activations within a piece of a network: less memory, one more forward pass"
     )
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", help="what each of several processes holds in training: all weights (ddp), or a share of them (fsdp)"
