@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def prepare(
         raise RecipeError([*error.problems, *_providers_gone(wanted, registry)]) from error
     if smoke:
         plan = resolve(read(smoke_settings(plan, overrides)), registry)
-        clear_smoke_directory(plan.recipe.run.directory)
+        if int(os.environ.get("RANK", "0")) == 0:  # the others wait for it before they look
+            clear_smoke_directory(plan.recipe.run.directory)
     return Run(plan, registry, quiet=quiet)
 
 

@@ -8,10 +8,11 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dmmd_core.errors import DmmdError, RecipeError
+from dmmd_core.errors import DmmdError, RecipeError, RunError, ToldElsewhereError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +92,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _set_up(options: argparse.Namespace) -> None:
     _let_threads_sleep()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Advice to developers, from every process: parameters without gradient and views are dealt with.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     options.quiet = options.quiet or options.json
     if options.quiet:
         os.environ["DMMD_QUIET"] = "1"  # heard by `dmmd_core.progress`
@@ -126,6 +131,8 @@ def _guard(work: Callable[[], None]) -> int:
     """Run `work`; show known errors as one message without a traceback."""
     try:
         work()
+    except ToldElsewhereError as error:
+        return error.exit_code
     except DmmdError as error:
         print(f"dmmd: {error}", file=sys.stderr)
         return error.exit_code
@@ -150,6 +157,12 @@ def _guard(work: Callable[[], None]) -> int:
 
 def _run(options: argparse.Namespace) -> Any:
     """Do what the options ask for; returns what ``--json`` prints."""
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    other_modes = ("copy_recipes", "plugins", "explain", "conformance", "check", "dry_run")
+    if size > 1 and any(getattr(options, name) for name in other_modes):
+        if rank == 0:
+            raise RunError("only runs and --smoke work with several processes; give this command without torchrun")
+        raise ToldElsewhereError("see the first process", RunError.exit_code)
     if options.copy_recipes:
         return _copy_recipes(options)
 
@@ -179,6 +192,7 @@ def _run(options: argparse.Namespace) -> Any:
         return _check(options, run, registry)
     _stop_on_signals(run)
     run.execute()
+    options.json = options.json and rank == 0
     return {"directory": str(run.directory), "stages": run.stages, "metrics": run.metrics}
 
 

@@ -24,6 +24,7 @@ from dmmd_core.checkpoint import (
     write_directory,
     write_text,
 )
+from dmmd_core.distributed import Processes
 from dmmd_core.draws import Draws
 from dmmd_core.errors import CheckpointError, Problem, RecipeError, RunError
 from dmmd_core.hub import download_folder, may_be_repository, upload_folder
@@ -34,6 +35,7 @@ from dmmd_core.registry import Registry
 from dmmd_core.resolve import Plan, resolve
 from dmmd_core.schema import Problems, Source, read_dataclass
 from dmmd_core.shaping import ShapedDenoiser
+from dmmd_core.sharding import whole_tensors
 
 Role = Literal["teacher", "student"]
 _SCHEMA = 1
@@ -45,7 +47,14 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in ("dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors")}
 
 
-def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, facts: dict[str, Any]) -> None:
+def save_model(
+    path: Path,
+    role: Role,
+    denoiser: Denoiser,
+    assembly: Assembly,
+    facts: dict[str, Any],
+    processes: Processes = Processes(),  # noqa: B008 - immutable
+) -> None:
     """Write a model folder atomically.
 
     Args:
@@ -54,7 +63,9 @@ def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, f
         denoiser: Its weights.
         assembly: Its recipe, sizes and codec.
         facts: Further entries of ``config.json``.
+        processes: Those that call this together; the first one writes.
     """
+    weights = whole_tensors(denoiser.state_dict())
     assert assembly.spec is not None
     codec = assembly.data.codec
     config = {
@@ -70,12 +81,12 @@ def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, f
     }
 
     def fill(folder: Path) -> None:
-        save_tensors(folder / "model.safetensors", denoiser.state_dict())
+        save_tensors(folder / "model.safetensors", weights)
         save_tensors(folder / "codec.safetensors", codec.state())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card(config), encoding="utf-8")
 
-    write_directory(path, fill)
+    processes.from_main(lambda: write_directory(path, fill))
 
 
 def write_card(path: Path, results: Sequence[Mapping[str, Any]]) -> None:

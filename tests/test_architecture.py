@@ -37,8 +37,10 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": BASE | {"schema"},
     "resolve": BASE | {"schema", "recipe", "registry"},
     "assemble": BASE | {"schema", "resolve"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"distributed", "errors"},
+    "compilation": BASE,
     "distributed": {"errors"},
+    "sharding": BASE | {"compilation"},
     "ema": set(),
     "progress": set(),
     "precision": BASE,
@@ -48,10 +50,11 @@ ALLOWED: dict[str, set[str]] = {
     "agenda": {"checkpoint", "errors", "recipe", "resolve", "saved", "schema"},
     "shipped": {"errors"},
     "listing": BASE | {"agenda", "registry"},
-    "saved": BASE | {"assemble", "card", "checkpoint", "hub", "plugins", "recipe", "registry", "resolve", "schema"}
-    | {"shaping"},
-    "train": BASE | {"checkpoint", "ema", "optim", "precision", "recipe"},
-    "pipeline": BASE | {"assemble", "checkpoint", "distributed", "precision", "recipe", "registry", "resolve", "saved"}
+    "saved": BASE | {"assemble", "card", "checkpoint", "distributed", "hub", "plugins", "recipe", "registry", "resolve"}
+    | {"schema", "shaping", "sharding"},
+    "train": BASE | {"checkpoint", "compilation", "distributed", "ema", "optim", "precision", "recipe", "sharding"},
+    "pipeline": BASE | {"assemble", "checkpoint", "compilation", "distributed", "precision", "recipe", "registry"}
+    | {"resolve", "saved"}
     | {"schema", "train"},
     "api": {"errors", "pipeline", "plugins", "recipe", "registry", "resolve", "smoke"},
     "testing": BASE | {"assemble", "plugins", "registry", "resolve", "schema"},

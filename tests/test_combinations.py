@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import tiny_recipe
 
-from dmmd_core import Registry, RunError, load_plugins, load_student
+from dmmd_core import Registry, load_plugins, load_student
 from dmmd_core.errors import RecipeError
 from dmmd_core.pipeline import Run
 from dmmd_core.resolve import resolve
@@ -209,10 +209,3 @@ def test_the_axes_name_every_component_in_the_tree(registry: Registry) -> None:
         used = {choice["name"] for choice in AXES[kind].values() if "name" in choice}
         used |= {"exact", "from_run", "transformers_masked"}
         assert set(registry.names(kind)) <= used, f"add the new {kind} to AXES"
-
-
-def test_a_run_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    registry = load_plugins()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="single process"):
-        Run(resolve(recipe_from_plain(tiny_recipe(tmp_path), "recipe"), registry), registry)
