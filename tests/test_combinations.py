@@ -93,10 +93,27 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
             "name": "moment_matching",
             "params": {"auxiliary_target": "posterior", "temperature": 0.8, "top_p": 0.9, "chunk_rows": 5},
         },
-        "sdtt": {"name": "sdtt", "params": {"rounds": 2, "chunk_rows": 5}},
     },
     "teacher": {"trained": {}, "exact": {}},
 }
+BASE = {
+    "data": "markov_chain", "process": "masked", "backbone": "mlp", "generator": "sequence", "objective": "hard",
+    "teacher": "trained",
+}  # fmt: skip
+# Objectives beside D-MMD, each with a few choices instead of all.
+OTHERS: dict[str, dict[str, Any]] = {
+    "sdtt": {"rounds": 2, "chunk_rows": 5},
+    "dimo": {"chunk_rows": 5},
+    "idlm": {"turns": "joint", "chunk_rows": 5},
+    "di4c": {"latents": 2},
+    "dcd": {"rounds": 2, "chunk_rows": 5},
+}
+AXES["objective"] |= {name: {"name": name, "params": params} for name, params in OTHERS.items()}
+FEW = [
+    {"process": "masked_elbo"}, {"process": "uniform_elbo"}, {"backbone": "transformer_blocks"},
+    {"generator": "deterministic"}, {"teacher": "exact"},
+    {"data": "image_pixels", "backbone": "uvit"},
+]  # fmt: skip
 
 
 def _refused(choice: dict[str, str]) -> bool:
@@ -108,22 +125,21 @@ def _refused(choice: dict[str, str]) -> bool:
         or (choice["generator"] == "pyramid" and not images)  # no grid
         or (choice["generator"] == "pyramid" and choice["backbone"] == "transformer_blocks")  # spans the whole grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
-        or (choice["objective"] == "sdtt" and choice["process"].startswith("uniform"))  # nothing is unmasked there
+        or (choice["objective"] in ("sdtt", "dimo", "idlm") and choice["process"].startswith("uniform"))  # no masks
+        or (choice["objective"] in ("dimo", "idlm", "di4c") and choice["backbone"] == "transformer_blocks")
+        or (choice["objective"] == "di4c" and choice["generator"] == "deterministic")  # a mixture of one
     )
 
 
 def _combinations() -> list[dict[str, str]]:
     """All choices of all pairs of axes, the other axes at their first fitting choice."""
-    base = {
-        "data": "markov_chain", "process": "masked", "backbone": "mlp", "generator": "sequence", "objective": "hard",
-        "teacher": "trained",
-    }  # fmt: skip
     found = {}
     for first, second in itertools.combinations(AXES, 2):
         for one, two in itertools.product(AXES[first], AXES[second]):
-            choice = {**base, first: one, second: two}
-            found[tuple(choice.values())] = choice
-    return list(found.values())
+            choice = {**BASE, first: one, second: two}
+            if choice["objective"] not in OTHERS:
+                found[tuple(choice.values())] = choice
+    return [*found.values(), *({**BASE, "objective": name, **more} for name in OTHERS for more in FEW)]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +154,8 @@ def test_every_pair_of_components_runs_or_is_refused(
     sections: dict[str, Any] = {axis: AXES[axis][name] for axis, name in choice.items() if axis != "teacher"}
     exact = choice["teacher"] == "exact"
     sections["teacher"] = {"load": {"name": "exact"}} if exact else TRAINED
-    sections["distill"] = {"num_steps": 2, **TRAIN, **({"initialize": INITIALIZE} if exact else {})}
+    steps = 1 if choice["objective"] == "dimo" else 2
+    sections["distill"] = {"num_steps": steps, **TRAIN, **({"initialize": INITIALIZE} if exact else {})}
     sections["sampler"] = {"name": "block" if choice["backbone"] == "transformer_blocks" else "ancestral"}
     sections["evaluate"] = {"teacher_steps": [1], "student_steps": [2], "num_samples": 4, "metrics": []}
     recipe = recipe_from_plain(tiny_recipe(tmp_path, **sections), "recipe")

@@ -60,7 +60,7 @@ def test_dmmd_passes_the_product_bound_in_one_step(tmp_path: Path) -> None:
 
 
 def test_a_mixture_without_latent_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="needs a generator with input noise"):
+    with pytest.raises(RecipeError, match="needs capability 'latent' to train a mixture"):
         _one_step(tmp_path, "di4c", {}, {"name": "deterministic"}, 2)
 
 

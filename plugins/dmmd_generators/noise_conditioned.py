@@ -51,7 +51,7 @@ class NoiseConditioned(Generator):
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
         """See `Component.provides`; a pyramid spans the whole grid."""
-        return frozenset() if config.latent == "pyramid" else frozenset({"blocks"})
+        return frozenset({"latent"} if config.latent == "pyramid" else {"blocks", "latent"})
 
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:

@@ -55,7 +55,7 @@ class PartlyRandom(Generator):
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
         """See `Component.provides`."""
-        return frozenset({"blocks"})
+        return frozenset({"blocks", "latent"})
 
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from dmmd_core import (
     Objective,
     Player,
     Process,
+    Requirement,
     categorical_from_uniform,
     option,
     rows_with_loss,
@@ -102,6 +104,11 @@ class MixtureDistillation(Objective):
     def provides(cls, config: Any) -> frozenset[str]:
         """See `Component.provides`."""
         return frozenset({"distills"})
+
+    @classmethod
+    def requires(cls, config: Any) -> Sequence[Requirement]:
+        """See `Component.requires`."""
+        return [Requirement("generator", "latent", "to train a mixture")]
 
     @classmethod
     def smoke(cls, config: Any) -> Any:
