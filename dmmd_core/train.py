@@ -170,8 +170,8 @@ class Trainer:
         if bad:
             self._skip(bad)
             return {}
-        for name in self.players:
-            let_go(self.players[name].module)
+        for module in self._changing():
+            let_go(module)
         rate = learning_rate(section.optimizer, step, section.steps)
         for name in turn:
             player, optimizer = self.players[name], self.optimizers[name]
@@ -335,6 +335,7 @@ class Trainer:
             load_weights(self.average.module, _under(tensors, "average/"), str(path))
             for name, module in self.objective.checkpointed().items():
                 load_weights(module, _under(tensors, f"frozen/{name}/"), str(path))
+                let_go(module)
             self.average.updates = state["average_updates"]
             self.objective.load_state(state["objective"])
             self.step, self.seconds = state["step"], state["seconds"]
@@ -345,12 +346,18 @@ class Trainer:
             self.run.say(f"no checkpoint in {self.directory} is whole; {self.stage} begins anew")
 
 
+    def _changing(self) -> list[nn.Module]:
+        """Modules whose weights change from step to step."""
+        return [*(player.module for player in self.players.values()), *self.objective.checkpointed().values()]
+
     def _like(self, key: str) -> Tensor | None:
         """The tensor of this process whose shards a checkpoint's tensor of that name is cut into, or None."""
         kind, _, rest = key.partition("/")
         if kind == "average":
             return self.average.module.state_dict().get(rest)
         name, _, inner = rest.partition("/")
+        if kind == "frozen":
+            return self.objective.checkpointed()[name].state_dict().get(inner)
         if kind == "player":
             return self.players[name].module.state_dict().get(inner) if name in self.players else None
         index, _, moment = inner.partition("/")

@@ -87,6 +87,12 @@ def test_a_student_that_becomes_the_teacher_does_so_in_every_process(tmp_path: P
     expected = _losses(told[1, "ddp"], "distill")
     for each in told.values():
         torch.testing.assert_close(_losses(each, "distill"), expected, rtol=0, atol=TOLERANCE)
+    stopped = _recipe(tmp_path / "stopped", "fsdp") | {"objective": recipe["objective"]}
+    stopped["teacher"]["train"]["steps"], stopped["distill"]["steps"] = 2, 9
+    assert run_together(2, stopped, tmp_path / "first", stop=5)[0]["error"][0] == "Interrupted"
+    again = run_together(1, stopped, tmp_path / "second")[0]
+    assert again["error"] is None
+    torch.testing.assert_close(_losses(again, "distill"), expected[6:], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [1, 3])
