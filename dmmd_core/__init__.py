@@ -76,7 +76,14 @@ if TYPE_CHECKING:
     from dmmd_core.progress import in_notebook, show_progress
     from dmmd_core.recipe import Recipe, load_recipe
     from dmmd_core.registry import PluginRegistrar, Registry
-    from dmmd_core.saved import SavedModel, load_model_weights, load_student, load_teacher, saved_capabilities
+    from dmmd_core.saved import (
+        SavedModel,
+        load_model_weights,
+        load_student,
+        load_teacher,
+        saved_capabilities,
+        upload_model,
+    )
     from dmmd_core.shaping import ShapedDenoiser, guide_log_probs, guided, shape_log_probs
 
 _HOMES = {
@@ -98,7 +105,7 @@ _HOMES = {
     "dmmd_core.progress": "in_notebook show_progress",
     "dmmd_core.recipe": "Recipe load_recipe",
     "dmmd_core.registry": "PluginRegistrar Registry",
-    "dmmd_core.saved": "SavedModel load_model_weights load_student load_teacher saved_capabilities",
+    "dmmd_core.saved": "SavedModel load_model_weights load_student load_teacher saved_capabilities upload_model",
     "dmmd_core.shaping": "ShapedDenoiser guide_log_probs guided shape_log_probs",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -183,6 +190,7 @@ __all__ = [
     "times_per_position",
     "times_per_sample",
     "training_condition",
+    "upload_model",
 ]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmmd_core.errors import Problem, RecipeError
 from dmmd_core.pipeline import Run
 from dmmd_core.plugins import load_plugins
 from dmmd_core.recipe import Recipe, change_recipe, load_recipe
@@ -46,10 +49,15 @@ def prepare(
             return change_recipe(recipe, overrides, background)
         return load_recipe(recipe, overrides, background)
 
-    plan = resolve(read(), registry, outside=outside and not smoke)
+    wanted = read()
+    try:
+        plan = resolve(wanted, registry, outside=outside and not smoke)
+    except RecipeError as error:
+        raise RecipeError([*error.problems, *_providers_gone(wanted, registry)]) from error
     if smoke:
         plan = resolve(read(smoke_settings(plan, overrides)), registry)
-        clear_smoke_directory(plan.recipe.run.directory)
+        if int(os.environ.get("RANK", "0")) == 0:  # the others wait for it before they look
+            clear_smoke_directory(plan.recipe.run.directory)
     return Run(plan, registry, quiet=quiet)
 
 
@@ -85,3 +93,23 @@ def run(
     prepared = prepare(recipe, overrides, registry=registry, smoke=smoke, quiet=quiet)
     prepared.execute()
     return prepared
+
+
+def _providers_gone(recipe: Recipe, registry: Registry) -> list[Problem]:
+    """Who provided the components of the recipe's run directory that nobody provides any more."""
+    file = Path(recipe.run.directory) / "plugins.json"
+    if not file.exists():
+        return []
+    made = json.loads(file.read_text(encoding="utf-8"))
+    plugins = {plugin["plugin"]: plugin for plugin in made["plugins"]}
+    found = []
+    for component, name in sorted(made["components"].items()):
+        kind, _, own = component.partition(":")
+        if own not in registry.names(kind) and name in plugins:
+            package, version = plugins[name]["package"], plugins[name]["version"]
+            message = (
+                f"{kind} {own!r} came from plugin {name!r} of package {package} {version} when this run began; "
+                "install that version, or give the file with --plugin"
+            )
+            found.append(Problem("", message, str(file)))
+    return found

@@ -1,7 +1,8 @@
 """Directories that are either whole or not there, and checkpoints in them.
 
-A directory is written under a temporary name, every file synced and listed with its SHA-256 in ``manifest.json``,
-then renamed. Only safetensors and JSON are written and read; nothing is unpickled.
+A directory is written under a temporary name, every file synced and, but for a model card, listed with its SHA-256 in
+``manifest.json``, then renamed. Only safetensors and JSON are written and read; nothing is unpickled.
+What FSDP2 has sharded is written in shards, by all processes, and read by any number of them.
 """
 
 from __future__ import annotations
@@ -16,15 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dmmd_core.distributed import Processes
 from dmmd_core.errors import CheckpointError, RunError
 
 MANIFEST = "manifest.json"
+_FREE = ("README.md",)  # a model card may be edited, here or on the hub; nothing is read from it
 _PREFIX = "step_"
 _TEMPORARY = ".incomplete-"
+_SHARD = "shard-"  # as torch.distributed.checkpoint names its files
 
 
 _REMEDY = (
@@ -85,11 +96,20 @@ def write_directory(
 
 
 def _write_directory(path: Path, temporary: Path, fill: Callable[[Path], None]) -> None:
+    _begin(temporary, fill)
+    _finish(path, temporary)
+
+
+def _begin(temporary: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     fill(temporary)
+
+
+def _finish(path: Path, temporary: Path) -> None:
+    """List, sync and rename what is complete."""
     files = sorted(file for file in temporary.iterdir() if file.is_file())
-    manifest = {file.name: _sha256(file) for file in files}
+    manifest = {file.name: _sha256(file) for file in files if file.name not in _FREE}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for file in [*files, temporary / MANIFEST, temporary]:
         _sync(file)
@@ -153,26 +173,97 @@ def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], origin:
         raise CheckpointError(f"the weights in {origin} do not fit {type(module).__name__}: {details}") from error
 
 
-def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    processes: Processes = Processes(),  # noqa: B008 - immutable
+) -> Path:
     """Write the checkpoint of a step.
 
+    What is whole goes into ``state.safetensors``, written by the first process; of what is sharded (FSDP2) every
+    process writes its shards beside it, through `torch.distributed.checkpoint`.
+
     Args:
-        directory: Directory of a stage's checkpoints.
+        directory: Directory of a stage's checkpoints, seen by all processes.
         step: Steps done.
         tensors: All tensors of the training state.
         state: Everything else, JSON-serialisable.
+        processes: Those that call this together.
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        RunError: The disk is full or refuses; the checkpoints that were there are intact.
     """
+    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in sharded}
 
     def fill(path: Path) -> None:
         save_tensors(path / "state.safetensors", tensors)
         (path / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
 
     path = directory / f"{_PREFIX}{step:09d}"
-    write_directory(path, fill)
+    if not sharded:
+        processes.from_main(lambda: write_directory(path, fill))
+        return path
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+
+    def guarded(work: Callable[[], None]) -> None:
+        with _told_if_it_cannot_be_written(str(path), temporary):
+            work()
+
+    processes.from_main(lambda: guarded(lambda: _begin(temporary, fill)))
+    try:
+        save_shards(sharded, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    except CheckpointException as error:
+        reason = "; ".join(str(wrapped[0]) for wrapped in error.failures.values())
+        raise processes.agreed(RunError(f"{path} cannot be written ({reason}); {_REMEDY}")) from error
+    processes.from_main(lambda: guarded(lambda: _finish(path, temporary)))
     return path
+
+
+def load_checkpoint(path: Path, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, however many processes wrote it.
+
+    Args:
+        path: A checkpoint that is whole.
+        like: Where it gives a sharded tensor for a name, that one's shards are read; otherwise all of it, to the CPU.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    found = load_tensors(path / "state.safetensors")
+    for name, tensor in found.items():
+        model = like(name)
+        if isinstance(model, DTensor):
+            here = tensor.to(model.device)
+            found[name] = distribute_tensor(here, model.device_mesh, model.placements, src_data_rank=None)
+    if any(path.glob(f"{_SHARD}*")):
+        found |= _load_shards(path, like, without=found)
+    return found
+
+
+def _load_shards(
+    path: Path, like: Callable[[str], Tensor | None], without: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    reader = HuggingFaceStorageReader(str(path))
+    wanted: dict[str, Any] = {}
+    for name, known in reader.read_metadata().state_dict_metadata.items():
+        if name not in without:
+            model = like(name)
+            assert isinstance(known, TensorStorageMetadata)
+            if isinstance(model, DTensor):
+                wanted[name] = torch.zeros_like(model.detach())
+            else:
+                wanted[name] = torch.zeros(known.size, dtype=known.properties.dtype)
+    try:
+        load_shards(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return wanted
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -8,10 +8,11 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dmmd_core.errors import DmmdError, RecipeError
+from dmmd_core.errors import DmmdError, RecipeError, RunError, ToldElsewhereError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,8 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dmmd-sample", description="Draw samples from a trained student or teacher.", epilog=EXIT_CODES
     )
-    parser.add_argument("path", help="a run directory, or its student or teacher folder")
+    parser.add_argument("path", help="a run directory, its student or teacher folder, or owner/name on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--steps", type=int, help="sampling steps; with blocks, for each (default: as trained for)")
     parser.add_argument("--num", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--model", choices=("student", "teacher"), default="student", help="which model")
@@ -90,6 +92,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _set_up(options: argparse.Namespace) -> None:
     _let_threads_sleep()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Advice to developers, from every process: parameters without gradient and views are dealt with.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     options.quiet = options.quiet or options.json
     if options.quiet:
         os.environ["DMMD_QUIET"] = "1"  # heard by `dmmd_core.progress`
@@ -125,6 +131,8 @@ def _guard(work: Callable[[], None]) -> int:
     """Run `work`; show known errors as one message without a traceback."""
     try:
         work()
+    except ToldElsewhereError as error:
+        return error.exit_code
     except DmmdError as error:
         print(f"dmmd: {error}", file=sys.stderr)
         return error.exit_code
@@ -149,6 +157,12 @@ def _guard(work: Callable[[], None]) -> int:
 
 def _run(options: argparse.Namespace) -> Any:
     """Do what the options ask for; returns what ``--json`` prints."""
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    other_modes = ("copy_recipes", "plugins", "explain", "conformance", "check", "dry_run")
+    if size > 1 and any(getattr(options, name) for name in other_modes):
+        if rank == 0:
+            raise RunError("only runs and --smoke work with several processes; give this command without torchrun")
+        raise ToldElsewhereError("see the first process", RunError.exit_code)
     if options.copy_recipes:
         return _copy_recipes(options)
 
@@ -178,6 +192,7 @@ def _run(options: argparse.Namespace) -> Any:
         return _check(options, run, registry)
     _stop_on_signals(run)
     run.execute()
+    options.json = options.json and rank == 0
     return {"directory": str(run.directory), "stages": run.stages, "metrics": run.metrics}
 
 
@@ -284,7 +299,7 @@ def _sample(options: argparse.Namespace) -> Any:
         raise RunError(f"--out: {out} is a file; give a folder")
     load = load_student if options.model == "student" else load_teacher
     registry = load_plugins(files=options.plugin)
-    model = load(options.path, device=choose_device(options.device), registry=registry)
+    model = load(options.path, device=choose_device(options.device), registry=registry, revision=options.revision)
     try:
         tokens = model.sample(
             options.num,

@@ -85,5 +85,32 @@ class Interrupted(DmmdError):  # noqa: N818 - an event, not a failure
     exit_code = 130
 
 
+class PeerLostError(RunError):
+    """Another process of the run has ended or cannot be reached.
+
+    Args:
+        reason: What PyTorch said.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"another process of this run has ended or cannot be reached ({reason}); what was finished is safe, and "
+            "the same command goes on from the last checkpoint"
+        )
+
+
+class ToldElsewhereError(DmmdError):
+    """Ends a process whose error the first process of the run tells.
+
+    Args:
+        message: The error.
+        exit_code: Its exit code.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class UnsupportedError(DmmdError):
     """A component was asked for something that it does not offer; `what` says which."""

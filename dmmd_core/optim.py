@@ -12,12 +12,15 @@ from dmmd_core.recipe import OptimizerSection
 
 def make_optimizer(player: Player, section: OptimizerSection) -> torch.optim.Optimizer:
     """Build AdamW for one player; its learning rate is set before every step."""
+    parameters = [parameter for parameter in player.module.parameters() if parameter.requires_grad]
+    on_cuda = all(parameter.is_cuda for parameter in parameters)
     return torch.optim.AdamW(
-        [parameter for parameter in player.module.parameters() if parameter.requires_grad],
+        parameters,
         lr=section.learning_rate * player.learning_rate_scale,
         betas=(section.beta1, section.beta2),
         eps=section.epsilon,
         weight_decay=section.weight_decay,
+        fused=(on_cuda if section.fused is None else section.fused) or None,  # None leaves the choice to PyTorch
     )
 
 

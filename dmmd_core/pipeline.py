@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,15 +25,24 @@ from dmmd_core.checkpoint import (
     write_json,
     write_text,
 )
-from dmmd_core.distributed import require_single_process
+from dmmd_core.compilation import compile_units, compiler_problem, units_of
+from dmmd_core.distributed import join_processes, own_device
 from dmmd_core.draws import Draws
-from dmmd_core.errors import CheckpointError, Interrupted, RunError
+from dmmd_core.errors import (
+    CheckpointError,
+    Interrupted,
+    PeerLostError,
+    Problem,
+    RecipeError,
+    RunError,
+    ToldElsewhereError,
+)
 from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Subject
-from dmmd_core.precision import AutocastSampler, choose_device, choose_precision
+from dmmd_core.precision import AutocastSampler, choose_device, choose_precision, tf32_matrix_products
 from dmmd_core.recipe import TrainSection, differing_keys
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Part, Plan
-from dmmd_core.saved import Role, read_config, recipe_from_plain, save_model
+from dmmd_core.saved import Role, package_versions, read_config, recipe_from_plain, save_model, write_card
 from dmmd_core.schema import read_yaml
 from dmmd_core.train import Trainer
 
@@ -51,6 +59,10 @@ class Run:
         assembly: Builds components; ``assembly.data``, ``assembly.process`` and ``assembly.sampler`` exist at once.
         stage: Name of the current stage.
         stage_steps: Number of steps of the current stage.
+        processes: This process among those that work on the run; observers live in the first.
+        sharded: Whether networks are cut over the processes in training.
+        choices: What backbone and engine chose and a reader should see, such as the attention kernel.
+        engine: Every choice of the engine, for the log.
         stages: Finished stages: name to ``{"seconds": ..., "results": {...}}``.
         metrics: The content of ``metrics.json``.
         stop_requested: Set by a signal handler; the run stops at the next step with a checkpoint.
@@ -58,12 +70,13 @@ class Run:
     """
 
     def __init__(self, plan: Plan, registry: Registry, *, quiet: bool = False) -> None:
-        require_single_process()
         self.plan = plan
         self.registry = registry
         recipe = plan.recipe
         self.seed = recipe.run.seed
-        self.device = choose_device(recipe.run.device)
+        self.device = own_device(choose_device(recipe.run.device))
+        self.processes = join_processes(self.device)
+        self.sharded = recipe.run.parallel == "fsdp" and not self.processes.alone
         self.precision = choose_precision(recipe.run.precision, self.device)
         self.directory = Path(recipe.run.directory)
         self.stage = ""
@@ -71,8 +84,8 @@ class Run:
         self.stages: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {"schema": METRICS_SCHEMA, "facts": {}, "results": [], "timing": {}}
         self.stop_requested = False
-        self.quiet = quiet
-        self.say: Callable[[str], None] = lambda text: None if quiet else print(text, file=sys.stderr)
+        self.quiet = quiet or not self.processes.is_main
+        self.say: Callable[[str], None] = lambda text: None if self.quiet else print(text, file=sys.stderr)
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
         self.assembly = Assembly(plan, self.directory / "cache")
         self.samplers = {
@@ -80,21 +93,25 @@ class Run:
             "teacher": AutocastSampler(self.assembly.teacher_sampler, self.device, self.precision),
         }
         self._dry_build()
+        self._refuse_what_cannot_work()
 
     # ---- what observers hear --------------------------------------------------------------------------------
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tell the observers about a step."""
-        self.registry.hooks.dmmd_after_step(run=self, step=step, metrics=metrics)
+        if self.processes.is_main:
+            self.registry.hooks.dmmd_after_step(run=self, step=step, metrics=metrics)
 
     def after_checkpoint(self, step: int, path: Path) -> None:
         """Tell the observers about a checkpoint."""
-        self.registry.hooks.dmmd_after_checkpoint(run=self, step=step, path=path)
+        if self.processes.is_main:
+            self.registry.hooks.dmmd_after_checkpoint(run=self, step=step, path=path)
 
     def warn(self, step: int, message: str) -> None:
         """Say that somebody should look, and tell the observers."""
         self.say(f"{self.stage}: {message}")
-        self.registry.hooks.dmmd_on_warning(run=self, step=step, message=message)
+        if self.processes.is_main:
+            self.registry.hooks.dmmd_on_warning(run=self, step=step, message=message)
 
     # ---- the run --------------------------------------------------------------------------------------------
 
@@ -105,19 +122,31 @@ class Run:
             RunError: The directory belongs to another recipe or to something else.
             Interrupted: `stop_requested` was set; everything done so far is safe.
         """
-        lock = self._open_directory()
+        lock = FileLock(self.directory / ".lock")
+        self.stages, self.metrics = self.processes.from_main(lambda: self._open_directory(lock))
         error: BaseException | None = None
         own_threads = torch.get_num_threads()
         torch.set_num_threads(self.plan.recipe.run.threads or own_threads)
         try:
-            self.registry.hooks.dmmd_before_run(run=self)
-            self._stages()
+            with tf32_matrix_products(self.plan.recipe.run.tf32, self.device):
+                if self.processes.is_main:
+                    self.registry.hooks.dmmd_before_run(run=self)
+                self._stages()
+            self.processes.leave()
+        except PeerLostError as caught:
+            error = caught
+            # The first process holds the lock while it lives, and tells; where it is gone, one of the others does.
+            if not self.processes.is_main and not _can_hold(lock):
+                raise ToldElsewhereError(str(caught), caught.exit_code) from caught
+            raise
         except BaseException as caught:
             error = caught
             raise
         finally:
-            lock.release()
-            self.registry.hooks.dmmd_after_run(run=self, error=error)
+            torch.set_num_threads(own_threads)
+            if self.processes.is_main:
+                lock.release()
+                self.registry.hooks.dmmd_after_run(run=self, error=error)
 
     def _stages(self) -> None:
         self._run_stage("data", 1, self._prepare_data)
@@ -134,7 +163,8 @@ class Run:
             network = self.assembly.network()
             trained = self._train_stage("teacher", plan.teacher_objective, recipe.teacher.train, network, None, None)
             return trained, cast("NetworkDenoiser", trained)
-        teacher = self.assembly.teacher().to(self.device).eval().requires_grad_(False)
+        teacher = self.processes.main_first(self.assembly.teacher)
+        teacher = (teacher if self.sharded else teacher.to(self.device)).eval().requires_grad_(False)
         if plan.initialize_objective is None:
             return teacher, cast("NetworkDenoiser", teacher)
         section = recipe.distill.initialize
@@ -169,14 +199,14 @@ class Run:
                 num_steps = self.plan.recipe.distill.num_steps if stage == "distill" else None
                 objective = self.assembly.objective(
                     part,
-                    network=network,
-                    teacher=teacher,
+                    # What is sharded stays so; the whole networks are needed again.
+                    network=copy.deepcopy(network) if self.sharded else network,
+                    teacher=copy.deepcopy(teacher) if self.sharded else teacher,
                     copy_teacher=copy_teacher,
                     num_steps=num_steps,
                     training_steps=section.steps,
                 )
-                trainer = Trainer(self, stage, objective, section, self.directory / "checkpoints" / stage)
-                trained = trainer.train()
+                trained = Trainer(self, stage, objective, section, self.directory / "checkpoints" / stage).train()
                 role: Role = "student" if stage == "distill" else "teacher"
                 facts = {
                     "trained_num_steps": num_steps,
@@ -184,13 +214,14 @@ class Run:
                     "training_steps": section.steps,
                     "capabilities": sorted(part.provides()),
                 }
-                save_model(folder, role, trained.model, self.assembly, facts)
+                save_model(folder, role, trained.model, self.assembly, facts, self.processes)
                 return {**trained.metrics, "seconds": trained.seconds}
 
             self._run_stage(stage, section.steps, train)
         read_config(folder)
         load_weights(network, load_tensors(folder / "model.safetensors"), str(folder))
-        return network.to(self.device).eval().requires_grad_(False)
+        # Where networks are sharded, a whole one comes to the device when it is asked for samples.
+        return (network if self.sharded else network.to(self.device)).eval().requires_grad_(False)
 
     def _is_whole(self, folder: Path) -> bool:
         """Whether a finished stage's model is undamaged; says what is wrong with it."""
@@ -211,13 +242,16 @@ class Run:
         seconds = results.pop("seconds", time.monotonic() - started)
         self.stages[stage] = {"seconds": seconds, "results": results}
         self.metrics["timing"][stage] = round(seconds, 3)
+        self.processes.from_main(lambda: self._keep_stage(stage, results))
+
+    def _keep_stage(self, stage: str, results: dict[str, Any]) -> None:
         write_json(self.directory / "metrics.json", self.metrics)
         write_json(self.directory / "stages.json", self.stages)
         self.registry.hooks.dmmd_after_stage(run=self, stage=stage, results=results)
 
     def _prepare_data(self) -> dict[str, Any]:
         data = self.assembly.data
-        data.prepare()
+        self.processes.main_first(data.prepare)
         facts = data.facts()
         self.metrics["facts"].update(facts)
         for name, value in facts.items():
@@ -238,12 +272,18 @@ class Run:
         jobs += [("teacher", steps, teacher) for steps in section.teacher_steps]
         jobs += [("student", steps, student) for steps in section.student_steps]
         self._run_stage("evaluate", len(jobs), lambda: self._judge(jobs))
+        self.processes.from_main(self._write_cards)
+
+    def _write_cards(self) -> None:
+        for role in ("teacher", "student"):
+            if (self.directory / role).is_dir():
+                write_card(self.directory / role, self.metrics["results"])
 
     def _judge(self, jobs: list[tuple[str, int, Denoiser | None]]) -> dict[str, Any]:
         started = time.monotonic() - self.metrics["timing"].get("evaluate", 0.0)
         metrics = self.assembly.metrics()
         for metric in metrics:
-            self.metrics["facts"].update(metric.prepare())
+            self.metrics["facts"].update(self.processes.main_first(metric.prepare))
         done = {(row["model"], row["num_steps"]) for row in self.metrics["results"]}
         for place, (model, steps, denoiser) in enumerate(jobs, start=1):
             if (model, steps) in done:
@@ -251,7 +291,7 @@ class Run:
             rows = self._judge_one(metrics, model, steps, denoiser)
             self.metrics["results"].extend(rows)
             self.metrics["timing"]["evaluate"] = round(time.monotonic() - started, 3)
-            write_json(self.directory / "metrics.json", self.metrics)
+            self.processes.from_main(lambda: write_json(self.directory / "metrics.json", self.metrics))
             self.after_step(place, {f"{row['metric']}": row["value"] for row in rows})
         return {"seconds": time.monotonic() - started}
 
@@ -263,11 +303,14 @@ class Run:
         if denoiser is None:
             batch = self._yardstick(model)
         else:
+            denoiser = denoiser.to(self.device)
+            if recipe.run.compile:
+                compile_units(denoiser)
             started = time.monotonic()
             batch = self._sample(model, denoiser, steps, section.num_samples)
             seconds = time.monotonic() - started
             self.metrics["timing"].setdefault("sampling", {})[f"{model}_{steps}"] = round(seconds, 3)
-        self._keep_samples(model, steps, batch)
+        self.processes.from_main(lambda: self._keep_samples(model, steps, batch))
         draws = Draws.for_range(self.seed, 0, 0, 1, self.device).within("evaluate/metric")
         subject = Subject(
             model=model,
@@ -288,12 +331,16 @@ class Run:
             "dtype": str(self.precision).removeprefix("torch."),
             "ema": self._uses_average(model),
         }
-        rows = []
-        for metric in metrics:
-            for value in metric.evaluate(subject):
-                rows.append({**shared, **asdict(value)})
-                self._stop_if_asked()
-        return rows
+        # Every process has all samples and a whole model, and judges by every so many-th metric.
+        found: dict[int, list[dict[str, Any]]] = {}
+        for place in range(self.processes.rank, len(metrics), self.processes.size):
+            found[place] = []
+            for value in metrics[place].evaluate(subject):
+                found[place].append({**shared, **asdict(value)})
+                self._stop_if_asked(alone=True)
+        self._stop_if_asked()
+        together = {place: rows for part in self.processes.gather(found) for place, rows in part.items()}
+        return [row for place in sorted(together) for row in together[place]]
 
     def _sampler_name(self, model: str) -> str | None:
         if model not in self.samplers:
@@ -302,12 +349,13 @@ class Run:
         return ((model == "teacher" and recipe.evaluate.teacher_sampler) or recipe.sampler).name
 
     def _sample(self, model: str, denoiser: Denoiser, steps: int, num: int) -> Batch:
-        """Draw samples in batches; labels follow the training data where the model takes them."""
+        """Draw samples in batches, each process its part; labels follow the data where the model takes them."""
         tokens, labels = [], []
         conditional = "labels" in self.plan.backbone.provides()
         size = self.assembly.data.size("train") if conditional else 0
-        for start in range(0, num, self.plan.recipe.evaluate.batch_size):
-            count = min(self.plan.recipe.evaluate.batch_size, num - start)
+        mine = self.processes.share(num)
+        for start in range(mine.start, mine.stop, self.plan.recipe.evaluate.batch_size):
+            count = min(self.plan.recipe.evaluate.batch_size, mine.stop - start)
             draws = Draws.for_range(self.seed, 0, start, count, self.device).within("evaluate")
             condition = Condition()
             if conditional:
@@ -317,7 +365,10 @@ class Run:
                     labels.append(chosen)
             samples = self.samplers[model].sample(denoiser, draws, num_steps=steps, condition=condition)
             tokens.append(samples.tokens.cpu())
-            self._stop_if_asked()
+            self._stop_if_asked(alone=True)
+        self._stop_if_asked()
+        parts = self.processes.gather((tokens, labels))
+        tokens, labels = ([piece for part in parts for piece in part[place]] for place in (0, 1))
         return Batch(torch.cat(tokens), torch.cat(labels) if labels else None)
 
     def _yardstick(self, split: str) -> Batch:
@@ -348,14 +399,15 @@ class Run:
         section = {"teacher": recipe.teacher.train, "student": recipe.distill}.get(model)
         return None if section is None else section.ema > 0
 
-    def _stop_if_asked(self) -> None:
-        if self.stop_requested:
-            raise Interrupted(f"stopped during {self.stage}; run the same command to go on")
+    def _stop_if_asked(self, alone: bool = False) -> None:
+        """Stop if any process was asked to, at a place that all pass; an `alone` one stops at once, others later."""
+        if (not alone or self.processes.alone) and self.processes.any(self.stop_requested):
+            raise self.processes.agreed(Interrupted(f"stopped during {self.stage}; run the same command to go on"))
 
     # ---- the directory --------------------------------------------------------------------------------------
 
-    def _open_directory(self) -> FileLock:
-        """Create the run directory, or check that it belongs to this very recipe; returns the lock held on it."""
+    def _open_directory(self, lock: FileLock) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Create the run directory, or check that it belongs to this very recipe; returns stages and metrics so far."""
         directory, recipe = self.directory, self.plan.recipe
         recipe_file = directory / "recipe.yaml"
         if recipe_file.exists():
@@ -375,7 +427,6 @@ class Run:
             (directory / "cache").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"run.directory: {directory} cannot be created: {error.strerror}") from error
-        lock = FileLock(directory / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -385,17 +436,46 @@ class Run:
         if not recipe_file.exists():
             write_text(recipe_file, yaml.safe_dump(recipe.plain(), sort_keys=False))
             write_json(directory / "plugins.json", self._versions())
-        self.stages = _read_json(directory / "stages.json", self.stages)
-        self.metrics = _read_json(directory / "metrics.json", self.metrics)
-        return lock
+        stages = _read_json(directory / "stages.json", self.stages)
+        return stages, _read_json(directory / "metrics.json", self.metrics)
 
     def _versions(self) -> dict[str, Any]:
-        names = ["dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors"]
         return {
-            "packages": {name: version(name) for name in names},
+            "packages": package_versions(),
             "plugins": [asdict(provider) for provider in self.registry.providers],
             "components": {f"{p.entry.kind}:{p.entry.name}": p.entry.provider.plugin for p in self.plan.parts()},
         }
+
+    def _refuse_what_cannot_work(self) -> None:
+        """Refuse choices of the engine that this backbone or machine cannot serve; the others become `engine`."""
+        recipe = self.plan.recipe
+        section, where = recipe.run, recipe.source.where
+        problems = []
+        for key in ("compile", "activation_checkpointing"):
+            if getattr(section, key) and not self.num_units:
+                message = f"works on blocks, and backbone {recipe.backbone.name} names none (units); set it to false"
+                problems.append(Problem(f"run.{key}", message, where(f"run.{key}")))
+        if section.compile and (problem := compiler_problem(self.device)):
+            problems.append(Problem("run.compile", problem, where("run.compile")))
+        if problems:
+            raise RecipeError(problems)
+        switches = {
+            "tf32": section.tf32 and self.device.type == "cuda",
+            "compile": section.compile,
+            "activation_checkpointing": section.activation_checkpointing,
+        }
+        self.engine = {name: "on" if value else "off" for name, value in switches.items()}
+        size = self.processes.size
+        self.engine["processes"] = str(size) if size == 1 else f"{size} ({section.parallel})"
+        if size > 1:
+            self.choices["processes"] = self.engine["processes"]
+        self.engine["threads"] = str(section.threads or torch.get_num_threads())
+        for name, train in recipe.training_sections().items():
+            self.engine[f"{name}.accumulate"] = str(train.accumulate)
+            fused = train.optimizer.fused
+            fused = self.device.type == "cuda" if fused is None else fused
+            self.engine[f"{name}.fused_optimizer"] = "on" if fused else "off"
+        self.choices |= {name.replace("_", " "): "on" for name, value in switches.items() if value}
 
     def _dry_build(self) -> dict[str, int]:
         """Build all networks on the meta device; returns their numbers of parameters."""
@@ -403,11 +483,20 @@ class Run:
             network = self.assembly.network()
             generator = self.assembly.generator(network.backbone)
         self.choices = network.backbone.description()
+        self.num_units = len(list(units_of(network)))
         self.sizes = {
             "teacher": sum(p.numel() for p in network.parameters()),
             "student": sum(p.numel() for p in generator.parameters()),
         }
         return self.sizes
+
+
+def _can_hold(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def _read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,22 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def tf32_matrix_products(wanted: bool, device: torch.device) -> AbstractContextManager[object]:
+    """Context in which float32 matrix products on CUDA run in TensorFloat-32, where that is wanted."""
+    return _TensorFloat32() if wanted and device.type == "cuda" else nullcontext()
+
+
+class _TensorFloat32:
+    """Sets PyTorch's global switch and puts it back."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_float32_matmul_precision(self._before)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

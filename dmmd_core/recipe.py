@@ -31,6 +31,9 @@ class OptimizerSection:
     clip_norm: float | None = option(1.0, help="largest gradient norm per player; null for none", above=0)
     warmup_steps: int = option(0, help="steps of linear rise from zero", minimum=0)
     decay: Literal["constant", "linear", "cosine"] = option("constant", help="fall to zero after the warm-up")
+    fused: bool | None = option(
+        None, help="one kernel for all weights of a step; null is on CUDA only, where it is fastest"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,10 @@ class TrainSection:
     """One training stage."""
 
     steps: int = option(help="optimiser steps", minimum=1)
-    batch_size: int = option(128, help="examples per step", minimum=1)
+    batch_size: int = option(128, help="examples per step, whatever the number of parts and processes", minimum=1)
+    accumulate: int = option(
+        1, help="parts in which a process takes its examples, one after another: less memory, same step", minimum=1
+    )
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     ema: float = option(0.999, help="decay of the moving average of the result's weights", minimum=0, below=1)
     log_every: int = option(50, help="steps between log lines", minimum=1)
@@ -49,6 +55,11 @@ class TrainSection:
         "a tenth of all",
         minimum=0,
     )
+
+    def __post_init__(self) -> None:
+        """Check sizes against each other."""
+        if self.accumulate > self.batch_size:
+            raise FieldError("accumulate", f"must be at most batch_size {self.batch_size}, got {self.accumulate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,14 @@ class RunSection:
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", help="autocast precision of the networks; auto is bfloat16 on CUDA, float32 elsewhere"
     )
+    tf32: bool = option(False, help="float32 matrix products in TensorFloat-32 on CUDA: faster, 10 bits of mantissa")
+    compile: bool = option(False, help="compile the networks with torch.compile, piece by piece")
+    activation_checkpointing: bool = option(
+        False, help="keep no activations within a piece of a network: less memory, one more forward pass"
+    )
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", help="what each of several processes holds in training: all weights (ddp), or a share of them (fsdp)"
+    )
     threads: int | None = option(
         None, help="CPU threads of a tensor operation; null for torch's own choice (1 is fastest for tiny networks)",
         minimum=1,
@@ -135,7 +154,18 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse recipes of another format."""
         if self.schema != SCHEMA:
-            raise FieldError("schema", f"must be {SCHEMA} for this version of dmmd, got {self.schema}")
+            way = (
+                "the recipe is of a newer dmmd: upgrade dmmd"
+                if self.schema > SCHEMA
+                else "the recipe is of an older dmmd: bring it up to date (CHANGELOG.md tells what changed), or run it "
+                "with the version that it was written for"
+            )
+            raise FieldError("schema", f"must be {SCHEMA} for this version of dmmd, got {self.schema}; {way}")
+
+    def training_sections(self) -> dict[str, TrainSection]:
+        """The training stages of this recipe by name: ``teacher``, ``initialize``, ``distill``."""
+        found = {"teacher": self.teacher.train, "initialize": self.distill.initialize, "distill": self.distill}
+        return {name: section for name, section in found.items() if section is not None}
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as plain containers, every default written out, ready for YAML."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +15,19 @@ import torch
 from torch import Tensor
 
 from dmmd_core.assemble import Assembly
-from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
+from dmmd_core.card import CARD, card
+from dmmd_core.checkpoint import (
+    load_tensors,
+    load_weights,
+    save_tensors,
+    verify_directory,
+    write_directory,
+    write_text,
+)
+from dmmd_core.distributed import Processes
 from dmmd_core.draws import Draws
-from dmmd_core.errors import CheckpointError, Problem, RecipeError
+from dmmd_core.errors import CheckpointError, Problem, RecipeError, RunError
+from dmmd_core.hub import download_folder, may_be_repository, upload_folder
 from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler, TextCodec
 from dmmd_core.plugins import load_plugins
 from dmmd_core.recipe import Recipe
@@ -23,13 +35,26 @@ from dmmd_core.registry import Registry
 from dmmd_core.resolve import Plan, resolve
 from dmmd_core.schema import Problems, Source, read_dataclass
 from dmmd_core.shaping import ShapedDenoiser
+from dmmd_core.sharding import whole_tensors
 
 Role = Literal["teacher", "student"]
 _SCHEMA = 1
 FREE = -1  # in a template: a position that the model fills in
 
 
-def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, facts: dict[str, Any]) -> None:
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a model is."""
+    return {name: version(name) for name in ("dmmd", "torch", "numpy", "pluggy", "omegaconf", "safetensors")}
+
+
+def save_model(
+    path: Path,
+    role: Role,
+    denoiser: Denoiser,
+    assembly: Assembly,
+    facts: dict[str, Any],
+    processes: Processes = Processes(),  # noqa: B008 - immutable
+) -> None:
     """Write a model folder atomically.
 
     Args:
@@ -38,7 +63,9 @@ def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, f
         denoiser: Its weights.
         assembly: Its recipe, sizes and codec.
         facts: Further entries of ``config.json``.
+        processes: Those that call this together; the first one writes.
     """
+    weights = whole_tensors(denoiser.state_dict())
     assert assembly.spec is not None
     codec = assembly.data.codec
     config = {
@@ -46,17 +73,25 @@ def save_model(path: Path, role: Role, denoiser: Denoiser, assembly: Assembly, f
         "role": role,
         "spec": dataclasses.asdict(assembly.spec),
         "codec_fingerprint": codec.fingerprint(),
+        "media": codec.media,
+        "versions": package_versions(),
         "recipe": assembly.plan.recipe.plain(),
         "providers": {f"{p.entry.kind}:{p.entry.name}": str(p.entry.provider) for p in assembly.plan.parts()},
         **facts,
     }
 
     def fill(folder: Path) -> None:
-        save_tensors(folder / "model.safetensors", denoiser.state_dict())
+        save_tensors(folder / "model.safetensors", weights)
         save_tensors(folder / "codec.safetensors", codec.state())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card(config), encoding="utf-8")
 
-    write_directory(path, fill)
+    processes.from_main(lambda: write_directory(path, fill))
+
+
+def write_card(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write a model folder's card again, with the figures of an evaluation (rows of ``metrics.json``)."""
+    write_text(path / CARD, card(read_config(path), results))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -72,7 +107,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("schema") != _SCHEMA:
         raise CheckpointError(
             f"{path / 'config.json'} has schema {config.get('schema')!r}, this version of dmmd reads {_SCHEMA}; load "
-            "it with the version that wrote it"
+            f"it with the version that wrote it ({config.get('versions', {}).get('dmmd', 'not recorded')})"
         )
     return config
 
@@ -286,31 +321,80 @@ class SavedModel:
 
 
 def load_student(
-    path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    registry: Registry | None = None,
+    revision: str | None = None,
 ) -> SavedModel:
-    """Load the student of a run.
+    """Load the student of a run, or one from the Hugging Face hub.
 
     Args:
-        path: A run directory or its ``student`` folder.
+        path: A run directory, its ``student`` folder, or a repository of the hub, ``owner/name``.
         device: Where to put the model.
         registry: The components; all installed plugins by default.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: The folder is missing or damaged, or its weights do not fit.
         RecipeError: A component that it needs is not installed.
     """
-    return _load(_folder(path, "student"), "student", device, registry)
+    return _load(_folder(path, "student", revision), "student", device, registry)
 
 
 def load_teacher(
-    path: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    registry: Registry | None = None,
+    revision: str | None = None,
 ) -> SavedModel:
     """Load the teacher that a run trained; arguments and errors as for `load_student`."""
-    return _load(_folder(path, "teacher"), "teacher", device, registry)
+    return _load(_folder(path, "teacher", revision), "teacher", device, registry)
 
 
-def _folder(path: str | Path, role: str) -> Path:
+def upload_model(
+    path: str | Path, repository: str, *, role: Role = "student", private: bool = True, revision: str | None = None
+) -> str:
+    """Upload a model folder to the Hugging Face hub, where `load_student` and `load_teacher` find it by name.
+
+    The folder goes up as it is: weights, codec, ``config.json`` and card, in which the recipe stands with its paths.
+
+    Args:
+        path: A run directory or a model folder.
+        repository: ``owner/name``; made where it is missing.
+        role: Which model of the run.
+        private: Whether a new repository is private.
+        revision: Branch to upload to.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or holds the other model.
+        RunError: The hub is out of reach, or refuses.
+    """
+    folder = _folder(path, role)
+    config = read_config(folder)
+    if config["role"] != role:
+        raise CheckpointError(f"{folder} holds a {config['role']}, not a {role}")
+    if not (folder / CARD).exists():  # of a run that was made before there were cards
+        write_card(folder, ())
+    message = f"{role} of {config['recipe']['name']}"
+    return upload_folder(folder, repository, private=private, revision=revision, message=message)
+
+
+def _folder(path: str | Path, role: str, revision: str | None = None, *, cached: bool = False) -> Path:
+    """The model folder that is meant: of a run directory, itself, or of the hub."""
     path = Path(path)
+    if not path.exists() and may_be_repository(path):
+        try:
+            return download_folder(str(path), revision, cached=cached)
+        except RunError as error:
+            raise CheckpointError(
+                f"there is no model folder {path}, and {error}; give a run directory, its teacher or student folder, "
+                "or a name on the hub"
+            ) from error
     return path / role if (path / role).is_dir() or not (path / "config.json").exists() else path
 
 
@@ -346,9 +430,9 @@ def saved_capabilities(path: str | Path, role: Role) -> frozenset[str] | None:
         role: What the model must be.
     """
     try:
-        config = json.loads((_folder(path, role) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((_folder(path, role, cached=True) / "config.json").read_text(encoding="utf-8"))
         return frozenset(config.get("capabilities", ()))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, CheckpointError):
         return None  # whoever loads it will say what is wrong
 
 

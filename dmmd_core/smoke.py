@@ -42,6 +42,7 @@ def smoke_settings(plan: Plan, overrides: Sequence[str]) -> list[tuple[str, Any]
             settings += [
                 (f"{key}.steps", min(section.steps, _STEPS)),
                 (f"{key}.batch_size", min(section.batch_size, _BATCH)),
+                (f"{key}.accumulate", min(section.accumulate, section.batch_size, _BATCH)),
                 (f"{key}.log_every", min(section.log_every, 5)),
                 (f"{key}.optimizer.warmup_steps", min(section.optimizer.warmup_steps, _STEPS // 2)),
             ]

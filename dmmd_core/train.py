@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +18,23 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dmmd_core.checkpoint import (
     clear_incomplete,
     flatten_optimizer,
+    load_checkpoint,
     load_newest,
-    load_tensors,
     load_weights,
     prune,
     restore_optimizer,
     save_checkpoint,
 )
+from dmmd_core.compilation import checkpoint_units, compile_units
+from dmmd_core.distributed import Processes, others_are_there
 from dmmd_core.draws import Draws
 from dmmd_core.ema import MovingAverage
-from dmmd_core.errors import Interrupted, RunError
+from dmmd_core.errors import Interrupted, PeerLostError, RunError
 from dmmd_core.interfaces import Denoiser, Losses, Objective
 from dmmd_core.optim import learning_rate, make_optimizer
 from dmmd_core.precision import autocast
 from dmmd_core.recipe import TrainSection
+from dmmd_core.sharding import Game, let_go, local, replicated, shard, whole
 
 if TYPE_CHECKING:
     from dmmd_core.pipeline import Run
@@ -79,6 +84,13 @@ class Trainer:
             module.to(run.device).eval().requires_grad_(False)
         self.result = self.players[results[0]].module
         self.average = MovingAverage(self.result, section.ema)
+        pieces = run.processes.size * section.accumulate
+        if section.batch_size < pieces:
+            raise RunError(
+                f"{stage}: batch_size {section.batch_size} is less than the {pieces} pieces it is to be cut into "
+                f"({run.processes.size} processes, accumulate {section.accumulate}); use fewer, or a larger batch"
+            )
+        self._prepare_networks()
         self.optimizers = {
             name: make_optimizer(player, section.optimizer) for name, player in self.players.items()
         }
@@ -86,6 +98,26 @@ class Trainer:
         self.seconds = 0.0
         self.skipped = 0
         self.alarms: set[str] = set()
+        self._stopping = False
+
+    def _prepare_networks(self) -> None:
+        """Compile, checkpoint and distribute the networks as the recipe says."""
+        section = self.run.plan.recipe.run
+        trained = [player.module for player in self.players.values()]
+        networks = [*trained, *self.objective.frozen().values()]
+        if section.activation_checkpointing:
+            for module in trained:
+                checkpoint_units(module)
+        if section.compile:
+            for module in networks:
+                compile_units(module)
+        if self.run.sharded:
+            for module in (*networks, self.average.module):
+                shard(module, self.run.device, self.run.precision)
+        game = Game(self.objective)
+        self.game: Game | nn.parallel.DistributedDataParallel = game
+        if not (self.run.processes.alone or self.run.sharded):
+            self.game = replicated(game)
 
     def train(self) -> Trained:
         """Run from the newest checkpoint, if any, to the last step.
@@ -100,18 +132,24 @@ class Trainer:
         started = time.monotonic() - self.seconds
         devices = [self.run.device] if self.run.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            while self.step < self.section.steps:
-                found = self._one_step()
-                self.step += 1
-                self.seconds = time.monotonic() - started
-                last = self.step == self.section.steps
-                if self.step % self.section.log_every == 0 or last:
-                    metrics = self._log(found)
-                if self.step % self.section.checkpoint_every == 0 or last:
-                    self.save()
-                elif self.run.stop_requested:
-                    self.save()
-                    raise Interrupted(f"stopped at step {self.step} of {self.stage}; run the same command to go on")
+            try:
+                while self.step < self.section.steps:
+                    found = self._one_step()
+                    self.step += 1
+                    self.seconds = time.monotonic() - started
+                    last = self.step == self.section.steps
+                    if self.step % self.section.log_every == 0 or last:
+                        metrics = self._log(found)
+                    if self.step % self.section.checkpoint_every == 0 or last:
+                        self.save()
+                    elif self._stopping:
+                        self.save()
+                        raise self.run.processes.agreed(
+                            Interrupted(f"stopped at step {self.step} of {self.stage}; run the same command to go on")
+                        )
+            except PeerLostError:
+                self._save_alone()
+                raise
         model = self.average.module
         assert isinstance(model, Denoiser)
         return Trained(model, self.seconds, metrics)
@@ -119,20 +157,21 @@ class Trainer:
     def _one_step(self) -> dict[str, Tensor]:
         """One turn; its metrics, none where the step was skipped."""
         section, step = self.section, self.step
-        # Dropout and the like draw from torch's generator, which therefore starts anew at every step.
-        torch.manual_seed(hash((self.run.seed, step)) & 0x7FFFFFFF)
         turn = self.objective.turn(step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        losses = self._backward(turn)
+        with others_are_there():
+            losses = self._together(self._backward(turn))
         norms = {name: self._gradient_norm(name) for name in turn}
         bad = _not_finite(
             {f"loss of {name}": loss for name, loss in losses.by_player.items()}
-            | {f"gradient of {name}": norm for name, norm in norms.items()}
+            | {f"gradient of {name}": whole(norm) for name, norm in norms.items()}
         )
         if bad:
             self._skip(bad)
             return {}
+        for module in self._changing():
+            let_go(module)
         rate = learning_rate(section.optimizer, step, section.steps)
         for name in turn:
             player, optimizer = self.players[name], self.optimizers[name]
@@ -147,16 +186,52 @@ class Trainer:
         return losses.metrics
 
     def _backward(self, turn: tuple[str, ...]) -> Losses:
-        """Losses of this step's batch, their gradients left in the parameters."""
-        section, step = self.section, self.step
-        draws = Draws.for_range(
-            self.run.seed, step, step * section.batch_size, section.batch_size, self.run.device
-        ).within(self.stage)
-        batch = self.run.assembly.data.training_batch(draws)
-        with autocast(self.run.device, self.run.precision):
-            losses = self.objective.loss(turn, batch, draws)
-        torch.stack([loss.float() for loss in losses.by_player.values()]).sum().backward()
-        return losses
+        """Losses of this process's part of the step's batch, its share of the gradients left in the parameters."""
+        parts = self.section.accumulate
+        found: list[tuple[float, Losses]] = []
+        for part in range(parts):
+            # Gradients travel between the processes with the last part.
+            game, last = self.game, part + 1 == parts
+            hold = nullcontext() if last or isinstance(game, Game) else game.no_sync()
+            with hold:
+                found.append(self._backward_part(turn, part))
+        return found[0][1] if len(found) == 1 else _weighted_sum(found)
+
+    def _backward_part(self, turn: tuple[str, ...], part: int) -> tuple[float, Losses]:
+        """Losses of one part, and the share of it in what this process works on."""
+        run, section, step = self.run, self.section, self.step
+        indices = run.processes.share(section.batch_size, section.accumulate, part)
+        place = run.processes.rank * section.accumulate + part
+        # Dropout and the like draw from torch's generator, which therefore starts anew at every step.
+        torch.manual_seed(hash((run.seed, step, place) if place else (run.seed, step)) & 0x7FFFFFFF)
+        start = step * section.batch_size + indices.start
+        draws = Draws.for_range(run.seed, step, start, len(indices), run.device).within(self.stage)
+        batch = run.assembly.data.training_batch(draws)
+        with autocast(run.device, run.precision):
+            by_player, metrics = self.game(turn, batch, draws)
+        total = torch.stack([loss.float() for loss in by_player.values()]).sum()
+        # The engine takes the mean over processes, of parts whose sizes may differ by one.
+        share = len(indices) / section.batch_size * run.processes.size
+        (total if share == 1 else total * share).backward()
+        detached = {name: loss.detach() for name, loss in by_player.items()}
+        return len(indices) / len(run.processes.share(section.batch_size)), Losses(detached, metrics)
+
+    def _together(self, losses: Losses) -> Losses:
+        """Losses and metrics of the whole batch, the same in every process; also whether any is asked to stop."""
+        processes = self.run.processes
+        if processes.alone:
+            self._stopping = self.run.stop_requested
+            return losses
+        numbers = [*losses.by_player.values(), *losses.metrics.values()]
+        weight = len(processes.share(self.section.batch_size)) / self.section.batch_size
+        mine = torch.stack([number.double() for number in numbers]) * weight
+        *means, stopping = processes.sum(torch.cat((mine.cpu(), torch.tensor([float(self.run.stop_requested)]))))
+        self._stopping = bool(stopping)
+        names = [*losses.by_player, *losses.metrics]
+        count = len(losses.by_player)
+        return Losses(
+            dict(zip(names[:count], means[:count], strict=True)), dict(zip(names[count:], means[count:], strict=True))
+        )
 
     def _gradient_norm(self, name: str) -> Tensor:
         parameters = self.players[name].module.parameters()
@@ -168,22 +243,22 @@ class Trainer:
         limit = min(self.section.skip_limit, self.section.steps // 10)
         what = f"{bad} not finite at step {self.step + 1} of {self.stage}"
         kept = f"the last checkpoint in {self.directory} is kept; lower the learning rate or look at the data"
-        broken = _not_finite({f"weights of {name}": _sum(player.module) for name, player in self.players.items()})
-        if broken:
-            raise RunError(f"{what}, and so are the {broken}; {kept}")
+        if broken := self._broken_weights():
+            raise self.run.processes.agreed(RunError(f"{what}, and so are the {broken}; {kept}"))
         if self.skipped > limit:
             allowed = f"{limit} of {self.section.steps} steps may be skipped (skip_limit)"
-            raise RunError(f"{what}, and {allowed}; {kept}")
+            raise self.run.processes.agreed(RunError(f"{what}, and {allowed}; {kept}"))
         self.run.warn(self.step + 1, f"{what}; the step is skipped, {self.skipped} of at most {limit}")
 
     def _log(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         values = {name: float(value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise RunError(
+            message = (
                 f"{', '.join(bad)} not finite at step {self.step} of {self.stage}; the last checkpoint in "
                 f"{self.directory} is kept; lower the learning rate or look at the data"
             )
+            raise self.run.processes.agreed(RunError(message))
         alarms = self.objective.alarms(values) if values else {}
         for name, message in alarms.items():
             if name not in self.alarms:
@@ -201,13 +276,27 @@ class Trainer:
         Raises:
             RunError: Weights are not finite, or the disk is full; the checkpoint before is kept.
         """
-        models = {name: player.module for name, player in self.players.items()}
-        broken = _not_finite({f"weights of {name}": _sum(model) for name, model in models.items()})
-        if broken:
-            raise RunError(
+        if broken := self._broken_weights():
+            message = (
                 f"{broken} not finite after step {self.step} of {self.stage}; the last checkpoint in {self.directory} "
                 "is kept; lower the learning rate or look at the data"
             )
+            raise self.run.processes.agreed(RunError(message))
+        self._write(self.run.processes)
+
+    def _save_alone(self) -> None:
+        """Where others are gone: write what is here, if that is everything and steps were done."""
+        if self.run.processes.is_main and not self.run.sharded and self.step:
+            self._write(Processes())
+
+    def _broken_weights(self) -> str:
+        """Names of players whose weights are not finite, joined; the same in every process."""
+        names = [f"weights of {name}" for name in self.players]
+        sums = torch.stack([_sum(player.module).cpu() for player in self.players.values()])
+        sums = self.run.processes.sum(sums) if self.run.sharded else sums
+        return _not_finite(dict(zip(names, sums, strict=True)))
+
+    def _write(self, processes: Processes) -> None:
         tensors: dict[str, Tensor] = {}
         for name, player in self.players.items():
             tensors.update({f"player/{name}/{key}": v for key, v in player.module.state_dict().items()})
@@ -222,13 +311,15 @@ class Trainer:
             "average_updates": self.average.updates,
             "objective": dict(self.objective.state()),
         }
-        path = save_checkpoint(self.directory, self.step, tensors, state)
-        prune(self.directory, self.run.plan.recipe.run.keep_checkpoints, path)
-        self.run.after_checkpoint(self.step, path)
+        path = save_checkpoint(self.directory, self.step, tensors, state, processes)
+        if processes.is_main:
+            prune(self.directory, self.run.plan.recipe.run.keep_checkpoints, path)
+            self.run.after_checkpoint(self.step, path)
+        processes.wait()
 
     def restore(self) -> None:
         """Continue from the newest checkpoint that is whole; say which ones were not."""
-        clear_incomplete(self.directory)
+        self.run.processes.from_main(lambda: clear_incomplete(self.directory))
         damaged = False
         for path, problem in load_newest(self.directory):
             if problem is not None:
@@ -236,13 +327,15 @@ class Trainer:
                 damaged = True
                 continue
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            tensors = load_tensors(path / "state.safetensors")
+            tensors = load_checkpoint(path, self._like)
             for name, player in self.players.items():
                 load_weights(player.module, _under(tensors, f"player/{name}/"), str(path))
+                let_go(player.module)
                 restore_optimizer(self.optimizers[name], tensors, f"optimizer/{name}")
             load_weights(self.average.module, _under(tensors, "average/"), str(path))
             for name, module in self.objective.checkpointed().items():
                 load_weights(module, _under(tensors, f"frozen/{name}/"), str(path))
+                let_go(module)
             self.average.updates = state["average_updates"]
             self.objective.load_state(state["objective"])
             self.step, self.seconds = state["step"], state["seconds"]
@@ -253,9 +346,41 @@ class Trainer:
             self.run.say(f"no checkpoint in {self.directory} is whole; {self.stage} begins anew")
 
 
+    def _changing(self) -> list[nn.Module]:
+        """Modules whose weights change from step to step."""
+        return [*(player.module for player in self.players.values()), *self.objective.checkpointed().values()]
+
+    def _like(self, key: str) -> Tensor | None:
+        """The tensor of this process whose shards a checkpoint's tensor of that name is cut into, or None."""
+        kind, _, rest = key.partition("/")
+        if kind == "average":
+            return self.average.module.state_dict().get(rest)
+        name, _, inner = rest.partition("/")
+        if kind == "frozen":
+            return self.objective.checkpointed()[name].state_dict().get(inner)
+        if kind == "player":
+            return self.players[name].module.state_dict().get(inner) if name in self.players else None
+        index, _, moment = inner.partition("/")
+        weights = self.optimizers[name].param_groups[0]["params"] if name in self.optimizers else []
+        return weights[int(index)] if moment != "step" and int(index) < len(weights) else None
+
+
+def _weighted_sum(parts: list[tuple[float, Losses]]) -> Losses:
+    """Means over a batch of what its parts gave, each with its share."""
+
+    def mean(pick: Callable[[Losses], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: torch.stack([share * pick(losses)[name] for share, losses in parts]).sum()
+            for name in pick(parts[0][1])
+        }
+
+    return Losses(mean(lambda losses: losses.by_player), mean(lambda losses: losses.metrics))
+
+
 def _sum(module: nn.Module) -> Tensor:
     """A number that is finite only if all weights are."""
-    return torch.stack([parameter.detach().float().abs().amax() for parameter in module.parameters()]).sum()
+    parts = [local(parameter.detach()) for parameter in module.parameters()]
+    return torch.stack([part.float().abs().amax() for part in parts if part.numel()] or [torch.zeros(())]).sum()
 
 
 def _not_finite(values: dict[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import tiny_recipe
 
-from dmmd_core import Registry, RunError, load_plugins, load_student
+from dmmd_core import Registry, load_plugins, load_student
 from dmmd_core.errors import RecipeError
 from dmmd_core.pipeline import Run
 from dmmd_core.resolve import resolve
@@ -82,6 +82,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "sequence": {"name": "noise_conditioned", "params": {"latent": "sequence", "width": 2}},
         "position": {"name": "noise_conditioned", "params": {"latent": "position", "width": 2}},
         "pyramid": {"name": "noise_conditioned", "params": {"latent": "pyramid", "width": 2}},
+        "partly_random": {"name": "partly_random", "params": {"width": 2}},
     },
     "objective": {
         "hard": {"name": "moment_matching"},
@@ -123,6 +124,7 @@ def _refused(choice: dict[str, str]) -> bool:
         (choice["teacher"] == "exact" and (images or choice["data"] == "text"))  # too many sequences to sum over
         or (choice["backbone"] not in ("mlp", "transformer", "transformer_blocks") and not images)  # no grid, no labels
         or (choice["generator"] == "pyramid" and not images)  # no grid
+        or (choice["generator"] == "partly_random" and choice["process"].startswith("uniform"))  # no masks
         or (choice["generator"] == "pyramid" and choice["backbone"] == "transformer_blocks")  # spans the whole grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
         or (choice["objective"] in ("sdtt", "dimo", "idlm") and choice["process"].startswith("uniform"))  # no masks
@@ -206,12 +208,6 @@ def test_a_run_samples_its_blocks_by_confidence(registry: Registry, tmp_path: Pa
 
 def test_the_axes_name_every_component_in_the_tree(registry: Registry) -> None:
     for kind in ("data", "process", "backbone", "generator", "teacher"):
-        used = {choice["name"] for choice in AXES[kind].values() if "name" in choice} | {"exact", "from_run"}
+        used = {choice["name"] for choice in AXES[kind].values() if "name" in choice}
+        used |= {"exact", "from_run", "transformers_masked"}
         assert set(registry.names(kind)) <= used, f"add the new {kind} to AXES"
-
-
-def test_a_run_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    registry = load_plugins()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="single process"):
-        Run(resolve(recipe_from_plain(tiny_recipe(tmp_path), "recipe"), registry), registry)

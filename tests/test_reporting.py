@@ -93,7 +93,7 @@ def fake_run(directory: Path, name: str = "digits", codec: Any = None) -> FakeRu
     )  # fmt: skip
     return FakeRun(
         directory=directory, device=torch.device("cpu"), precision=torch.float32, choices={"attention": "sdpa"},
-        sizes={"teacher": 1234567, "student": 1300000}, stage="", stage_steps=0,
+        engine={"compile": "off"}, sizes={"teacher": 1234567, "student": 1300000}, stage="", stage_steps=0,
         stages={"distill": {"seconds": 61.0}, "evaluate": {"seconds": 2.0}},
         plan=SimpleNamespace(recipe=SimpleNamespace(name=name, distill=SimpleNamespace(num_steps=8))),
         metrics={

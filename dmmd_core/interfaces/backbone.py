@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -52,6 +53,14 @@ class Backbone(nn.Module, Component, ABC):
     def encode(self, tokens: Tensor, condition: Condition) -> object:
         """Encode finished blocks; arguments, result and errors as for `Denoiser.encode`."""
         raise UnsupportedError(f"{type(self).__name__} takes whole sequences and encodes no blocks")
+
+    def units(self) -> Sequence[nn.Module]:
+        """Its repeated modules, whose ``forward`` takes and returns tensors.
+
+        They are what is compiled, computed again in the backward pass and sharded, each by itself. A backbone that
+        names none can be neither compiled nor checkpointed, and is sharded as a whole.
+        """
+        return ()
 
     def description(self) -> dict[str, str]:
         """Choices made at construction that a log should tell, such as the attention kernel."""

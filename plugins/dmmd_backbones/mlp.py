@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,10 @@ class MLP(Backbone):
     def provides(cls, config: Any) -> frozenset[str]:
         """See `Component.provides`."""
         return frozenset({"input_noise"})
+
+    def units(self) -> Sequence[nn.Module]:
+        """See `Backbone.units`."""
+        return list(self.layers)
 
     def features(
         self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None

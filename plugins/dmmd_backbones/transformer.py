@@ -260,6 +260,10 @@ class Transformer(Backbone):
         """See `Backbone.head`."""
         return self.logits(features)
 
+    def units(self) -> Sequence[nn.Module]:
+        """See `Backbone.units`."""
+        return list(self.blocks)
+
     def _rotary(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions ``start .. end - 1``, which may lie beyond the length of the data."""
         if end <= len(self.cosine):

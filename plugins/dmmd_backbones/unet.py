@@ -245,6 +245,11 @@ class UNet(Backbone):
         """See `Backbone.head`."""
         return self.logits(features)
 
+    def units(self) -> Sequence[nn.Module]:
+        """See `Backbone.units`."""
+        levels = (stage for level in (*self.down, *self.up) for stage in level)
+        return [*levels, *self.middle]
+
     def _build_down(self) -> tuple[nn.ModuleList, nn.ModuleList, list[int]]:
         """Stages and halvings of all levels, and the channels of the maps they leave for the way up."""
         config = self.config

@@ -152,6 +152,10 @@ class UViT(Backbone):
         """See `Backbone.head`."""
         return self.logits(features)
 
+    def units(self) -> Sequence[nn.Module]:
+        """See `Backbone.units`."""
+        return [*self.first, *self.middle, *self.second]
+
     def _block(self) -> AdaptiveBlock:
         config = self.config
         return AdaptiveBlock(

@@ -28,7 +28,7 @@ class Log:
         self._file: Any = None
 
     def start(self, run: Run) -> None:
-        """Append what is about to run: device, precision, sizes, choices and versions."""
+        """Append what is about to run: device, precision, sizes, choices (all of the engine's too) and versions."""
         versions = json.loads((run.directory / "plugins.json").read_text(encoding="utf-8"))
         self.write(
             "start",
@@ -36,6 +36,7 @@ class Log:
             device=str(run.device),
             precision=str(run.precision).removeprefix("torch."),
             choices=dict(run.choices),
+            engine=dict(run.engine),
             sizes=dict(run.sizes),
             versions=versions["packages"],
         )

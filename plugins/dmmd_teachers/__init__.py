@@ -1,1 +1,1 @@
-"""Teachers that are loaded: exact ones, and those of other runs."""
+"""Teachers that are loaded: exact ones, those of other runs, and masked language models of `transformers`."""

@@ -12,7 +12,9 @@ from dmmd_core import (
     FieldError,
     NetworkDenoiser,
     Process,
+    RunError,
     Teacher,
+    hub_problem,
     load_model_weights,
     option,
     saved_capabilities,
@@ -29,7 +31,7 @@ class FromRun(Teacher):
     class Config:
         """Parameters."""
 
-        path: str = option(help="a run directory or a teacher folder")
+        path: str = option(help="a run directory, a teacher folder, or a repository of the hub, owner/name")
         unlabelled: bool = option(False, help="it was trained with label dropout, so that it can be guided")
 
     def __init__(self, config: FromRun.Config, *, process: Process, backbone: Backbone, codec: Codec) -> None:
@@ -48,8 +50,17 @@ class FromRun(Teacher):
         """Refuse a path that is not there, or a teacher without the label dropout that is claimed for it."""
         from pathlib import Path
 
-        if not Path(config.path).is_dir():
-            raise FieldError("path", f"there is no directory {config.path!r}; give a run directory or a teacher folder")
+        problem = None if Path(config.path).is_dir() else hub_problem(config.path, "config.json")
+        if problem:
+            raise FieldError(
+                "path",
+                f"there is no directory {config.path!r}, and on the hub: {problem}; give a run directory, a teacher "
+                "folder or owner/name on the hub",
+            )
+        cls._check_claim(config)
+
+    @classmethod
+    def _check_claim(cls, config: Any) -> None:
         saved = saved_capabilities(config.path, "teacher")
         if config.unlabelled and saved is not None and "unlabelled" not in saved:
             message = f"the teacher of {config.path!r} was trained without label dropout and cannot be guided"
@@ -59,4 +70,8 @@ class FromRun(Teacher):
         """See `Teacher.denoiser`."""
         denoiser = NetworkDenoiser(self.backbone, self.process)
         load_model_weights(self.config.path, "teacher", denoiser, self.codec)
+        try:
+            self._check_claim(self.config)  # one from the hub is not known before it is downloaded
+        except FieldError as error:
+            raise RunError(error.message) from error
         return denoiser
