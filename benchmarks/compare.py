@@ -376,7 +376,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("sampling steps")
     axes.set_ylabel(content["metric"].replace("_", " "))
     axes.set_title(f"{content['task']} ({content['form']})")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
 

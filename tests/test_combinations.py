@@ -82,6 +82,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "sequence": {"name": "noise_conditioned", "params": {"latent": "sequence", "width": 2}},
         "position": {"name": "noise_conditioned", "params": {"latent": "position", "width": 2}},
         "pyramid": {"name": "noise_conditioned", "params": {"latent": "pyramid", "width": 2}},
+        "partly_random": {"name": "partly_random", "params": {"width": 2}},
     },
     "objective": {
         "hard": {"name": "moment_matching"},
@@ -123,6 +124,7 @@ def _refused(choice: dict[str, str]) -> bool:
         (choice["teacher"] == "exact" and (images or choice["data"] == "text"))  # too many sequences to sum over
         or (choice["backbone"] not in ("mlp", "transformer", "transformer_blocks") and not images)  # no grid, no labels
         or (choice["generator"] == "pyramid" and not images)  # no grid
+        or (choice["generator"] == "partly_random" and choice["process"].startswith("uniform"))  # no masks
         or (choice["generator"] == "pyramid" and choice["backbone"] == "transformer_blocks")  # spans the whole grid
         or (choice["objective"] == "soft_on_grid" and choice["process"].startswith("uniform"))  # not exact there
         or (choice["objective"] in ("sdtt", "dimo", "idlm") and choice["process"].startswith("uniform"))  # no masks

@@ -212,3 +212,13 @@ def test_the_example_plugins_of_the_page_pass_the_door() -> None:
     tokens = torch.tensor([[0, 0, 1, 2], [3, 3, 3, 3]])
     values = namespace["Repeats"](config, length=4).evaluate(SimpleNamespace(tokens=tokens))
     assert [value.value for value in values] == [pytest.approx(4 / 6)]
+
+
+def test_the_tests_that_the_page_on_reliability_names_are_there() -> None:
+    """Every row names a test, and there is such a test."""
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")][2:]
+    sources = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("safety", "resume", "distributed"))
+    assert len(rows) >= 10
+    for row in rows:
+        (name,) = re.findall(r"`(test_\w+)` \|$", row)
+        assert f"def {name}(" in sources
