@@ -99,6 +99,8 @@ class Trainer:
         self.skipped = 0
         self.alarms: set[str] = set()
         self._stopping = False
+        self._data_s = 0.0  # waited for data since the last log line
+        self._logged = (0, 0.0)  # step and clock of the last log line
 
     def _prepare_networks(self) -> None:
         """Compile, checkpoint and distribute the networks as the recipe says."""
@@ -130,6 +132,7 @@ class Trainer:
         self.restore()
         metrics: dict[str, float] = {}
         started = time.monotonic() - self.seconds
+        self._data_s, self._logged = 0.0, (self.step, time.monotonic())
         devices = [self.run.device] if self.run.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             try:
@@ -206,7 +209,9 @@ class Trainer:
         torch.manual_seed(hash((run.seed, step, place) if place else (run.seed, step)) & 0x7FFFFFFF)
         start = step * section.batch_size + indices.start
         draws = Draws.for_range(run.seed, step, start, len(indices), run.device).within(self.stage)
+        waiting = time.monotonic()
         batch = run.assembly.data.training_batch(draws)
+        self._data_s += time.monotonic() - waiting
         with autocast(run.device, run.precision):
             by_player, metrics = self.game(turn, batch, draws)
         total = torch.stack([loss.float() for loss in by_player.values()]).sum()
@@ -267,8 +272,19 @@ class Trainer:
         if self.skipped:
             values["skipped_steps"] = float(self.skipped)
         values["learning_rate"] = learning_rate(self.section.optimizer, self.step - 1, self.section.steps)
-        self.run.after_step(self.step, values)
+        self.run.after_step(self.step, values | self._speed())
         return values
+
+    def _speed(self) -> dict[str, float]:
+        """Throughput of all processes since the last log line, and this one's share of time waiting for data."""
+        step, clock = self._logged
+        now = time.monotonic()
+        seconds, self._logged = max(now - clock, 1e-9), (self.step, now)
+        samples = (self.step - step) * self.section.batch_size / seconds
+        spec = self.run.assembly.spec
+        assert spec is not None
+        waited, self._data_s = self._data_s / seconds, 0.0
+        return {"samples_per_second": samples, "tokens_per_second": samples * spec.length, "data_time_share": waited}
 
     def save(self) -> None:
         """Write a checkpoint of the whole training state.

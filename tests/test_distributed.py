@@ -36,7 +36,11 @@ def _recipe(directory: Path, parallel: str) -> dict[str, Any]:
 
 
 def _losses(told: dict[str, Any], stage: str, first: int = 0) -> torch.Tensor:
-    rows = [list(metrics.values()) for name, step, metrics in told["steps"] if name == stage and step > first]
+    rows = [
+        [value for key, value in metrics.items() if not key.endswith(("_per_second", "_share"))]
+        for name, step, metrics in told["steps"]
+        if name == stage and step > first
+    ]
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -50,6 +50,29 @@ def test_both_players_move_and_the_result_is_averaged(tmp_path: Path) -> None:
     )
 
 
+def test_a_log_line_tells_throughput_and_the_wait_for_data(tmp_path: Path) -> None:
+    run, trainer = make_trainer(tmp_path, steps=4, log_every=2)
+    told: list[dict[str, float]] = []
+    run.after_step = lambda step, metrics: told.append(dict(metrics))  # type: ignore[method-assign]
+    batch = run.assembly.data.training_batch
+
+    def slow(draws: Any) -> Any:
+        trainer._data_s += 1e6  # as if it had waited so long
+        return batch(draws)
+
+    results = trainer.train().metrics
+    run.assembly.data.training_batch = slow  # type: ignore[method-assign]
+    trainer.step = 2
+    trainer._one_step()
+    trainer.step += 1
+    assert trainer._speed()["data_time_share"] > 1
+    for metrics in told:
+        assert metrics["tokens_per_second"] == pytest.approx(3 * metrics["samples_per_second"])
+        assert metrics["samples_per_second"] > 0
+        assert 0 < metrics["data_time_share"] < 1
+    assert "samples_per_second" not in results, "results are the same in every run"
+
+
 def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     _, trainer = make_trainer(tmp_path)
     before = torch.get_rng_state()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dmmd_core import Run
 
 _PROVENANCE = ("num_samples", "reference", "sampler", "dtype", "ema", "seed")
+_NOT_DRAWN = {"learning_rate", "samples_per_second", "tokens_per_second", "data_time_share"}
 
 
 def write_report(run: Run) -> None:
@@ -70,7 +71,7 @@ def _training_plots(run: Run) -> dict[str, str]:
         for metric, curve in curves.items():
             title = f"{stage}: {metric.replace('_', ' ')}"
             path = f"plots/training_{_file_name(stage)}_{_file_name(metric)}.png"
-            if metric != "learning_rate" and plot_training(curve, title, _ready(run.directory / path)):
+            if metric not in _NOT_DRAWN and plot_training(curve, title, _ready(run.directory / path)):
                 drawn[title] = path
     return drawn
 
