@@ -9,22 +9,18 @@ for every token and without its table of signal levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmmd_core import (
     Batch,
-    Denoiser,
     Draws,
     Losses,
-    Objective,
-    Player,
     Prediction,
-    Process,
     Rows,
     option,
     rows_with_loss,
@@ -34,10 +30,10 @@ from dmmd_core import (
     training_condition,
 )
 from dmmd_objectives.divergences import row_divergence
-from dmmd_objectives.rounds import Rounds
+from dmmd_objectives.rounds import RoundsObjective
 
 
-class ConsistencyDistillation(Objective):
+class ConsistencyDistillation(RoundsObjective):
     """DCD: ``min E[ KL(teacher(z_s), student(z_t)) ]`` with common noise; in rounds K halves and the student teaches.
 
     Written for uniform noise; the trajectory exists for every process.
@@ -62,53 +58,6 @@ class ConsistencyDistillation(Objective):
             1e-6, help="smallest teacher probability in reverse_kl", above=0, below=1
         )
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
-
-    def __init__(
-        self,
-        config: ConsistencyDistillation.Config,
-        *,
-        process: Process,
-        network: Denoiser,
-        teacher: Denoiser,
-        num_steps: int,
-        training_steps: int,
-    ) -> None:
-        self.config = config
-        self.process = process
-        self.student = network
-        self.num_steps = num_steps
-        self.rounds = Rounds(
-            network, teacher, rounds=config.rounds, training_steps=training_steps, average=config.round_average
-        )
-
-    @classmethod
-    def provides(cls, config: Any) -> frozenset[str]:
-        """See `Component.provides`."""
-        return frozenset({"blocks", "distills"})
-
-    def players(self) -> dict[str, Player]:
-        """See `Objective.players`."""
-        return {"student": Player(self.student, result=True)}
-
-    def frozen(self) -> dict[str, nn.Module]:
-        """See `Objective.frozen`."""
-        return self.rounds.frozen()
-
-    def checkpointed(self) -> dict[str, nn.Module]:
-        """See `Objective.checkpointed`."""
-        return self.rounds.changing()
-
-    def after_update(self, step: int) -> None:
-        """See `Objective.after_update`."""
-        self.rounds.after_update(step)
-
-    def state(self) -> Mapping[str, Any]:
-        """See `Objective.state`."""
-        return self.rounds.state()
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Objective.load_state`."""
-        self.rounds.load_state(state)
 
     def draw_times(self, draws: Draws, shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw ``t = min(1, u + 1/K)`` with ``u ~ U(0, 1)``, and ``s = t - 1/K``; float64 ``[batch, *shape]`` each."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmmd_core import Denoiser, FieldError
+from dmmd_core import Denoiser, FieldError, Objective, Player, Process
 
 
 class Rounds:
@@ -85,3 +85,57 @@ class Rounds:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Objective.load_state`."""
         self.round = int(state["round"])
+
+
+class RoundsObjective(Objective):
+    """An objective whose only player is the student, and whose teacher changes with the `Rounds`.
+
+    Its Config has ``rounds`` and ``round_average``.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        process: Process,
+        network: Denoiser,
+        teacher: Denoiser,
+        num_steps: int,
+        training_steps: int,
+    ) -> None:
+        self.config = config
+        self.process = process
+        self.student = network
+        self.num_steps = num_steps
+        self.rounds = Rounds(
+            network, teacher, rounds=config.rounds, training_steps=training_steps, average=config.round_average
+        )
+
+    @classmethod
+    def provides(cls, config: Any) -> frozenset[str]:
+        """See `Component.provides`."""
+        return frozenset({"blocks", "distills"})
+
+    def players(self) -> dict[str, Player]:
+        """See `Objective.players`."""
+        return {"student": Player(self.student, result=True)}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """See `Objective.frozen`."""
+        return self.rounds.frozen()
+
+    def checkpointed(self) -> dict[str, nn.Module]:
+        """See `Objective.checkpointed`."""
+        return self.rounds.changing()
+
+    def after_update(self, step: int) -> None:
+        """See `Objective.after_update`."""
+        self.rounds.after_update(step)
+
+    def state(self) -> Mapping[str, Any]:
+        """See `Objective.state`."""
+        return self.rounds.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `Objective.load_state`."""
+        self.rounds.load_state(state)

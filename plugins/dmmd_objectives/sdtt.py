@@ -7,23 +7,19 @@ the student becomes the teacher, and the steps grow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmmd_core import (
     Batch,
     Condition,
-    Denoiser,
     Draws,
     Losses,
-    Objective,
-    Player,
     Prediction,
-    Process,
     Requirement,
     Rows,
     option,
@@ -34,11 +30,11 @@ from dmmd_core import (
     training_condition,
 )
 from dmmd_objectives.divergences import Divergence, row_divergence
-from dmmd_objectives.rounds import Rounds
+from dmmd_objectives.rounds import RoundsObjective
 from dmmd_objectives.steps import ancestral_step
 
 
-class SelfDistillation(Objective):
+class SelfDistillation(RoundsObjective):
     """SDTT: ``min E[ divergence(student(z_t), teacher's distributions over its steps from t down to t - 1/K) ]``.
 
     K is `num_steps` in the last round and `teacher_steps` times as many in the round before. The student's output stays
@@ -67,57 +63,10 @@ class SelfDistillation(Objective):
         )
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
 
-    def __init__(
-        self,
-        config: SelfDistillation.Config,
-        *,
-        process: Process,
-        network: Denoiser,
-        teacher: Denoiser,
-        num_steps: int,
-        training_steps: int,
-    ) -> None:
-        self.config = config
-        self.process = process
-        self.student = network
-        self.num_steps = num_steps
-        self.rounds = Rounds(
-            network, teacher, rounds=config.rounds, training_steps=training_steps, average=config.round_average
-        )
-
-    @classmethod
-    def provides(cls, config: Any) -> frozenset[str]:
-        """See `Component.provides`."""
-        return frozenset({"blocks", "distills"})
-
     @classmethod
     def requires(cls, config: Any) -> Sequence[Requirement]:
         """See `Component.requires`."""
         return [Requirement("process", "masks", "to learn each position at the step that unmasks it")]
-
-    def players(self) -> dict[str, Player]:
-        """See `Objective.players`."""
-        return {"student": Player(self.student, result=True)}
-
-    def frozen(self) -> dict[str, nn.Module]:
-        """See `Objective.frozen`."""
-        return self.rounds.frozen()
-
-    def checkpointed(self) -> dict[str, nn.Module]:
-        """See `Objective.checkpointed`."""
-        return self.rounds.changing()
-
-    def after_update(self, step: int) -> None:
-        """See `Objective.after_update`."""
-        self.rounds.after_update(step)
-
-    def state(self) -> Mapping[str, Any]:
-        """See `Objective.state`."""
-        return self.rounds.state()
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Objective.load_state`."""
-        self.rounds.load_state(state)
 
     def student_steps(self) -> int:
         """The number of sampling steps that this round trains for, K."""
