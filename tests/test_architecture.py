@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharding": BASE | {"compilation"},
     "ema": set(),
     "progress": set(),
+    "usage": set(),
     "precision": BASE,
     "optim": BASE | {"recipe"},
     "media": {"interfaces"},
@@ -52,7 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     "listing": BASE | {"agenda", "registry"},
     "saved": BASE | {"assemble", "card", "checkpoint", "distributed", "hub", "plugins", "recipe", "registry", "resolve"}
     | {"schema", "shaping", "sharding"},
-    "train": BASE | {"checkpoint", "compilation", "distributed", "ema", "optim", "precision", "recipe", "sharding"},
+    "train": BASE | {"checkpoint", "compilation", "distributed", "ema", "optim", "precision", "recipe", "sharding"}
+    | {"usage"},
     "pipeline": BASE | {"assemble", "checkpoint", "compilation", "distributed", "precision", "recipe", "registry"}
     | {"resolve", "saved"}
     | {"schema", "train"},
