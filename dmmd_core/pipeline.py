@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ from dmmd_core.errors import (
 )
 from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Subject
 from dmmd_core.precision import AutocastSampler, choose_device, choose_precision, tf32_matrix_products
+from dmmd_core.profiling import FOLDER, Profiler
 from dmmd_core.recipe import TrainSection, differing_keys
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Part, Plan
@@ -67,9 +69,10 @@ class Run:
         metrics: The content of ``metrics.json``.
         stop_requested: Set by a signal handler; the run stops at the next step with a checkpoint.
         quiet: Whether observers should print nothing; logs and reports are written all the same.
+        profiler: Writes traces of a few steps; None where that was not asked for, or not of this process.
     """
 
-    def __init__(self, plan: Plan, registry: Registry, *, quiet: bool = False) -> None:
+    def __init__(self, plan: Plan, registry: Registry, *, quiet: bool = False, profile: bool = False) -> None:
         self.plan = plan
         self.registry = registry
         recipe = plan.recipe
@@ -86,6 +89,9 @@ class Run:
         self.stop_requested = False
         self.quiet = quiet or not self.processes.is_main
         self.say: Callable[[str], None] = lambda text: None if self.quiet else print(text, file=sys.stderr)
+        wanted = profile and self.processes.is_main
+        folder = self.directory / FOLDER
+        self.profiler = Profiler(folder, self.device, lambda text: self.say(text)) if wanted else None
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
         self.assembly = Assembly(plan, self.directory / "cache")
         self.samplers = {
@@ -132,6 +138,8 @@ class Run:
                 if self.processes.is_main:
                     self.registry.hooks.dmmd_before_run(run=self)
                 self._stages()
+            if self.profiler is not None:
+                self.profiler.finish()
             self.processes.leave()
         except PeerLostError as caught:
             error = caught
@@ -363,13 +371,22 @@ class Run:
                 if chosen is not None:
                     condition = Condition(label=chosen.to(self.device))
                     labels.append(chosen)
-            samples = self.samplers[model].sample(denoiser, draws, num_steps=steps, condition=condition)
+            with self._profiled_sampling(model, steps):
+                samples = self.samplers[model].sample(denoiser, draws, num_steps=steps, condition=condition)
             tokens.append(samples.tokens.cpu())
             self._stop_if_asked(alone=True)
         self._stop_if_asked()
         parts = self.processes.gather((tokens, labels))
         tokens, labels = ([piece for part in parts for piece in part[place]] for place in (0, 1))
         return Batch(torch.cat(tokens), torch.cat(labels) if labels else None)
+
+    def _profiled_sampling(self, model: str, steps: int) -> AbstractContextManager[None]:
+        """Context of a sampling call: with ``--profile`` the first one of the student is traced, or of the teacher."""
+        role = "student" if self.plan.recipe.evaluate.student_steps else "teacher"
+        profiler = self.profiler
+        if profiler is None or model != role or any(name.startswith("sampling") for name in profiler.traced):
+            return nullcontext()
+        return profiler.call(f"sampling_{model}_{steps}")
 
     def _yardstick(self, split: str) -> Batch:
         """Real data seen through the codec: what a perfect model of the tokens would score."""

@@ -140,12 +140,16 @@ class Trainer:
         devices = [self.run.device] if self.run.device.type == "cuda" else []
         parts = {name: player.module for name, player in self.players.items()} | self.objective.frozen()
         followed = self.times.following({f"{name}_forward": module for name, module in parts.items()})
-        with torch.random.fork_rng(devices=devices), followed:
+        profiler, remaining = self.run.profiler, self.section.steps - self.step
+        self.times.annotate = profiler is not None
+        profiled = profiler.steps(self.stage, remaining) if profiler else nullcontext(lambda: None)
+        with torch.random.fork_rng(devices=devices), followed, profiled as step_is_over:
             try:
                 while self.step < self.section.steps:
                     if not self.times.cuda or self._steps_to_log() <= _CUDA_STEPS:
                         self.times.start()
                     found = self._one_step()
+                    step_is_over()
                     self.step += 1
                     self.seconds = time.monotonic() - started
                     last = self.step == self.section.steps
