@@ -119,6 +119,11 @@ class StepTimes:
         self._since = now
 
 
+def is_circumstance(metric: str) -> bool:
+    """Whether a metric of a training step tells how it was trained (speed, time, memory), not what was learned."""
+    return metric == "learning_rate" or metric.endswith(("_per_second", "_time_share", "_gib"))
+
+
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Most memory that this process has used so far, in GiB, under a name that tells which.
 

@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | {"checkpoint", "compilation", "distributed", "ema", "optim", "precision", "recipe", "sharding"}
     | {"usage"},
     "pipeline": BASE | {"assemble", "checkpoint", "compilation", "distributed", "precision", "recipe", "registry"}
-    | {"profiling", "resolve", "saved"}
+    | {"media", "profiling", "resolve", "saved"}
     | {"schema", "train"},
     "api": {"errors", "pipeline", "plugins", "recipe", "registry", "resolve", "smoke"},
     "testing": BASE | {"assemble", "plugins", "registry", "resolve", "schema"},

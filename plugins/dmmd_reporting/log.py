@@ -95,11 +95,6 @@ def loss_curves(path: Path) -> dict[str, dict[str, dict[int, float]]]:
     return curves
 
 
-def is_circumstance(name: str) -> bool:
-    """Whether a metric of a training step tells how it was trained (speed, time, memory), not what was learned."""
-    return name == "learning_rate" or name.endswith(("_per_second", _SHARE, "_gib"))
-
-
 def time_shares(curves: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, dict[str, float]]:
     """Where the time of every training stage went: part to share, the rest last, with a sum of 1.
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dmmd_core import is_circumstance
 from dmmd_core.checkpoint import write_text
-from dmmd_reporting.log import is_circumstance, loss_curves, time_shares
+from dmmd_reporting.log import loss_curves, time_shares
 from dmmd_reporting.pictures import draw_exhibits
 from dmmd_reporting.plots import plot_quality, plot_training
 from dmmd_reporting.summary import format_value, summarize

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from dmmd_core import in_notebook
-from dmmd_reporting.log import is_circumstance
+from dmmd_core import in_notebook, is_circumstance
 from dmmd_reporting.rate import Rate, clock, rate_text
 from dmmd_reporting.summary import Summary, summarize
 
