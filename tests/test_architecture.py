@@ -16,6 +16,7 @@ from dmmd_core import load_plugins
 CORE = sorted((ROOT / "dmmd_core").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 HEAVY = {"xformers", "datasets", "torchvision", "transformers", "diffusers", "matplotlib", "sklearn", "PIL", "jinja2"}
+HEAVY |= {"tensorboard", "wandb"}
 
 # Every module may import from its own floor's list and no other part of the core (type checking apart).
 BASE = {"errors", "draws", "interfaces"}
@@ -155,7 +156,6 @@ OTHER_MEANINGS = {
     ("card", "text"): "what tokens stand for",
     ("cli", "text"): "what a prompt is",
     ("codec", "text"): "what tokens stand for",
-    ("media", "text"): "what tokens stand for",
     ("saved", "text"): "what tokens stand for",
     ("worlds", "text"): "a capability",
     ("data", "text"): "what tokens stand for",
