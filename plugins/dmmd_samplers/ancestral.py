@@ -14,6 +14,7 @@ from dmmd_core import (
     Condition,
     Denoiser,
     Draws,
+    Prediction,
     Requirement,
     Samples,
     UnsupportedError,
@@ -25,7 +26,13 @@ _MAX_STATES = 20_000
 
 
 class Ancestral(ShapedSampler):
-    """One network call a step; logits are made only for the rows that are about to be drawn."""
+    """At most one network call a step; logits are made only for the rows that are about to be drawn.
+
+    Which rows these are is known before the network is asked: a sample of which nothing is drawn in a step is left out
+    of the call, exactly and whatever the network, for its tokens do not change. With the masked process and more steps
+    than tokens that is most of them (the cache of Sahoo et al., arXiv:2406.07524, needs a network without time and a
+    whole batch without change).
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ShapedConfig):
@@ -64,18 +71,33 @@ class Ancestral(ShapedSampler):
             now = draws.at_step(step)
             z = fix_tokens(z, condition)
             t, s = (times_of(1 - number / num_steps, z, condition) for number in (step, step + 1))
-            prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
             to_draw = self.process.rows_to_draw(z, s, t, now)
-            if last_step and step == num_steps - 1:
-                last = self._last_log_probs(prediction, z, to_draw)
-            index = to_draw.flatten().nonzero().squeeze(-1)
-            uniform = now.uniform("x", z.shape[1:]).flatten()
-            x = z.clamp(max=self.process.vocab_size - 1).flatten()
-            for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
-                x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
-                del log_probs
-            z = self.process.posterior_sample(x.view_as(z), z, s, t, now)
+            wanted = last_step and step == num_steps - 1
+            x = z.clamp(max=self.process.vocab_size - 1)
+            asked = None if wanted else _samples_to_ask(to_draw, condition)
+            if asked is None:
+                prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
+                if wanted:
+                    last = self._last_log_probs(prediction, z, to_draw)
+                x = self._draw(prediction, x, to_draw, now)
+            elif len(asked):
+                some = now.select(asked)
+                prediction = denoiser(
+                    z[asked], t[asked], condition.select(asked), denoiser.draw_latent(some, length)
+                )
+                x[asked] = self._draw(prediction, x[asked], to_draw[asked], some)
+            z = self.process.posterior_sample(x, z, s, t, now)
         return Samples(z, last)
+
+    def _draw(self, prediction: Prediction, x: Tensor, to_draw: Tensor, draws: Draws) -> Tensor:
+        """Draw ``x ~ Cat(prediction)`` at the positions `to_draw`; elsewhere `x` stays, ``[batch, length]``."""
+        index = to_draw.flatten().nonzero().squeeze(-1)
+        uniform = draws.uniform("x", x.shape[1:]).flatten()
+        drawn = x.flatten()
+        for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
+            drawn[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
+            del log_probs
+        return drawn.view_as(x)
 
     @torch.no_grad()
     def distribution(
@@ -109,6 +131,15 @@ class Ancestral(ShapedSampler):
             weights = moved
         clean = (states < self.process.vocab_size).all(-1)
         return weights[clean].cpu()
+
+
+def _samples_to_ask(to_draw: Tensor, condition: Condition) -> Tensor | None:
+    """Numbers of the samples of which a row is drawn; None for the whole batch."""
+    busy = to_draw.any(-1)
+    some = bool(busy.any())
+    if some and (condition.context is not None or bool(busy.all())):
+        return None
+    return busy.nonzero().squeeze(-1)
 
 
 def device_of(denoiser: Denoiser) -> torch.device:
