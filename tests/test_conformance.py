@@ -829,7 +829,13 @@ SAMPLERS: list[tuple[str, str, type, dict[str, Any], str]] = [
         {},
         "num_steps=0 raises no ValueError",
     ),
-    ("sampler", "no_gradient", variant(Ancestral, sample=Ancestral.sample.__wrapped__), {}, "with gradients on"),  # type: ignore[attr-defined]
+    (
+        "sampler",
+        "no_gradient",
+        variant(Ancestral, sample=Ancestral.sample.__wrapped__, step=Ancestral.step.__wrapped__),  # type: ignore[attr-defined]
+        {},
+        "with gradients on",
+    ),
     ("sampler", "devices", Changed(lambda f, m, d, **k: Samples(f(m, d, **k).tokens.cpu())).sampler, {}, ""),
 ]
 

@@ -71,33 +71,58 @@ class Ancestral(ShapedSampler):
             now = draws.at_step(step)
             z = fix_tokens(z, condition)
             t, s = (times_of(1 - number / num_steps, z, condition) for number in (step, step + 1))
-            to_draw = self.process.rows_to_draw(z, s, t, now)
-            wanted = last_step and step == num_steps - 1
-            x = z.clamp(max=self.process.vocab_size - 1)
-            asked = None if wanted else _samples_to_ask(to_draw, condition)
-            if asked is None:
+            if last_step and step == num_steps - 1:
+                to_draw = self.process.rows_to_draw(z, s, t, now)
                 prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
-                if wanted:
-                    last = self._last_log_probs(prediction, z, to_draw)
-                x = self._draw(prediction, x, to_draw, now)
-            elif len(asked):
-                some = now.select(asked)
-                prediction = denoiser(
-                    z[asked], t[asked], condition.select(asked), denoiser.draw_latent(some, length)
-                )
-                x[asked] = self._draw(prediction, x[asked], to_draw[asked], some)
-            z = self.process.posterior_sample(x, z, s, t, now)
+                last = self._last_log_probs(prediction, z, to_draw)
+                z = self._next(z, self._draw(prediction, z, to_draw, now), s, t, now)
+            else:
+                z = self.step(denoiser, z, s, t, now, condition)
         return Samples(z, last)
 
-    def _draw(self, prediction: Prediction, x: Tensor, to_draw: Tensor, draws: Draws) -> Tensor:
-        """Draw ``x ~ Cat(prediction)`` at the positions `to_draw`; elsewhere `x` stays, ``[batch, length]``."""
+    @torch.no_grad()
+    def step(
+        self, denoiser: Denoiser, z: Tensor, s: Tensor, t: Tensor, draws: Draws, condition: Condition
+    ) -> Tensor:
+        """One step of `sample`, from z_t to z_s.
+
+        Args:
+            denoiser: Teacher or student, `prepared`.
+            z: Noisy tokens at t, int64 ``[batch, length]``.
+            s: Target times, ``[batch]`` or ``[batch, length]``.
+            t: Times of `z`.
+            draws: Source of noise, at a step of its own.
+            condition: As for `sample`.
+
+        Returns:
+            int64 ``[batch, length]``.
+        """
+        to_draw = self.process.rows_to_draw(z, s, t, draws)
+        busy = to_draw.any(-1)
+        x, length = z, z.shape[1]
+        if bool(busy.any()):
+            if condition.context is not None or bool(busy.all()):
+                prediction = denoiser(z, t, condition, denoiser.draw_latent(draws, length))
+                x = self._draw(prediction, z, to_draw, draws)
+            else:
+                asked = busy.nonzero().squeeze(-1)
+                some = draws.select(asked)
+                prediction = denoiser(z[asked], t[asked], condition.select(asked), denoiser.draw_latent(some, length))
+                x = z.index_copy(0, asked, self._draw(prediction, z[asked], to_draw[asked], some))
+        return self._next(z, x, s, t, draws)
+
+    def _draw(self, prediction: Prediction, z: Tensor, to_draw: Tensor, draws: Draws) -> Tensor:
+        """Draw ``x ~ Cat(p)`` at the positions `to_draw`, ``[batch, length]``; elsewhere it is `z`."""
         index = to_draw.flatten().nonzero().squeeze(-1)
-        uniform = draws.uniform("x", x.shape[1:]).flatten()
-        drawn = x.flatten()
+        uniform = draws.uniform("x", z.shape[1:]).flatten()
+        x = z.flatten().clone()
         for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
-            drawn[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
+            x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
             del log_probs
-        return drawn.view_as(x)
+        return x.view_as(z)
+
+    def _next(self, z: Tensor, x: Tensor, s: Tensor, t: Tensor, draws: Draws) -> Tensor:
+        return self.process.posterior_sample(x.clamp(max=self.process.vocab_size - 1), z, s, t, draws)
 
     @torch.no_grad()
     def distribution(
@@ -131,15 +156,6 @@ class Ancestral(ShapedSampler):
             weights = moved
         clean = (states < self.process.vocab_size).all(-1)
         return weights[clean].cpu()
-
-
-def _samples_to_ask(to_draw: Tensor, condition: Condition) -> Tensor | None:
-    """Numbers of the samples of which a row is drawn; None for the whole batch."""
-    busy = to_draw.any(-1)
-    some = bool(busy.any())
-    if some and (condition.context is not None or bool(busy.all())):
-        return None
-    return busy.nonzero().squeeze(-1)
 
 
 def device_of(denoiser: Denoiser) -> torch.device:
