@@ -118,7 +118,8 @@ def _trainer(directory: Path, turns: str | None, batch: int, options: argparse.N
     from dmmd_core.train import Trainer
 
     chosen = [] if options.small else SIZES
-    chosen = [*chosen, f"distill.batch_size={batch}", f"teacher.train.batch_size={batch}", f"run.device={options.device}"]
+    chosen = [*chosen, f"distill.batch_size={batch}", f"teacher.train.batch_size={batch}"]
+    chosen += [f"run.device={options.device}"]
     chosen += [] if turns is None else [f"objective.params.turns={turns}"]
     run = prepare(RECIPE, [*chosen, f"run.directory={directory}"], quiet=True)
     (directory / "cache").mkdir(parents=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -47,7 +48,6 @@ class Process(Component, ABC):
         self.parametrization = parametrization
         self._prior = self.prior()
         self._prior_cdf = self._prior.cumsum(0)
-        self._atoms: list[int] = self._prior.nonzero().squeeze(-1).tolist()
         self.num_inputs = int(self._prior.shape[0])
 
     # ---- what a process states -------------------------------------------------------------------------------
@@ -264,6 +264,11 @@ class Process(Component, ABC):
         if self._prior.device != z.device:
             self._prior = self._prior.to(z.device)
         return self._prior[z]
+
+    @cached_property
+    def _atoms(self) -> list[int]:
+        """Input ids of some prior mass."""
+        return [token for token, mass in enumerate(self._prior.tolist()) if mass > 0]
 
     def _draw_prior(self, draws: Draws, stream: str, shape: Sequence[int]) -> Tensor:
         """Draw from pi, int64 ``[batch, *shape]``; where pi is one token there is nothing to draw."""
