@@ -116,7 +116,7 @@ class Ancestral(ShapedSampler):
         index = to_draw.flatten().nonzero().squeeze(-1)
         uniform = draws.uniform("x", z.shape[1:]).flatten()
         x = z.flatten().clone()
-        for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
+        for rows, log_probs in prediction.chunks(index, self.chunk_rows):
             x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
             del log_probs
         return x.view_as(z)

@@ -136,6 +136,14 @@ def test_chunked_logits_change_nothing() -> None:
     assert torch.equal(first, second)
 
 
+def test_without_a_number_of_rows_a_budget_of_logits_is_kept() -> None:
+    for vocab_size, rows in ((3, 2**27 // 3), (50_257, 2670)):
+        process = make_process("masked", vocab_size)
+        sampler = Ancestral(Ancestral.Config(), process=process, length=4)
+        assert sampler.chunk_rows == rows
+    assert Ancestral(Ancestral.Config(chunk_rows=7), process=process, length=4).chunk_rows == 7
+
+
 class _Asked(Prediction):
     """A prediction that notes which rows of the whole batch it is asked for."""
 
