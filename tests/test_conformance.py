@@ -783,6 +783,12 @@ def _without(*names: str) -> Callable[..., Any]:
     return change
 
 
+def _labels_turned_round(inner: Any, denoiser: Any, draws: Draws, **more: Any) -> Any:
+    condition = more.pop("condition") or Condition()
+    turned = None if condition.label is None else condition.label.flip(0)
+    return inner(denoiser, draws, condition=dataclasses.replace(condition, label=turned), **more)
+
+
 def _flat_last(inner: Any, denoiser: Any, draws: Draws, **more: Any) -> Any:
     tokens = inner(denoiser, draws, **more).tokens
     return Samples(tokens, torch.full((*tokens.shape, 3), 1 / 3).log())
@@ -806,6 +812,7 @@ SAMPLERS: list[tuple[str, str, type, dict[str, Any], str]] = [
     ),
     ("sampler", "fixed", Changed(_without("fixed", "values")).sampler, {}, "given tokens were changed"),
     ("sampler", "condition", Changed(_without("label")).sampler, {}, "without the labels"),
+    ("sampler", "condition", Changed(_labels_turned_round).sampler, {}, "labels of other samples"),
     ("sampler", "latent", Changed(_one_latent).sampler, {}, "two calls were given one latent"),
     ("sampler", "one_position", Ancestral, {"temperature": 0.7}, "was drawn with frequency"),
     ("sampler", "last_step", Changed(_flat_last).sampler, {}, "more or less often than the last probabilities say"),
@@ -823,7 +830,13 @@ SAMPLERS: list[tuple[str, str, type, dict[str, Any], str]] = [
         {},
         "num_steps=0 raises no ValueError",
     ),
-    ("sampler", "no_gradient", variant(Ancestral, sample=Ancestral.sample.__wrapped__), {}, "with gradients on"),  # type: ignore[attr-defined]
+    (
+        "sampler",
+        "no_gradient",
+        variant(Ancestral, sample=Ancestral.sample.__wrapped__, step=Ancestral.step.__wrapped__),  # type: ignore[attr-defined]
+        {},
+        "with gradients on",
+    ),
     ("sampler", "devices", Changed(lambda f, m, d, **k: Samples(f(m, d, **k).tokens.cpu())).sampler, {}, ""),
 ]
 
