@@ -48,6 +48,7 @@ from dmmd_generators.noise_conditioned import NoiseConditioned
 from dmmd_metrics.entropy import TokenEntropy
 from dmmd_objectives.denoising import Denoising
 from dmmd_objectives.moment_matching import MomentMatching
+from dmmd_observers.tensorboard import TensorBoard
 from dmmd_processes.masked import Masked
 from dmmd_processes.schedules import Linear, Polynomial
 from dmmd_processes.uniform import Uniform
@@ -887,7 +888,52 @@ METRICS: list[tuple[str, str, type, dict[str, Any], str]] = [
     ("metric", "looks", figure(lambda subject: 1.0), {}, "get the same figures as real data"),
 ]
 
-BROKEN = [*GENERAL, *PROCESSES, *BACKBONES, *GENERATORS, *OBJECTIVES, *DATA, *SAMPLERS, *METRICS]
+
+# ---- observers
+
+
+def watching(**members: Any) -> type:
+    """TensorBoard's observer with some methods replaced."""
+    return variant(TensorBoard, **members)
+
+
+def _write_at_once(self: Any) -> None:
+    (self.directory.parent / "early").touch()
+
+
+def _stray(self: Any) -> None:
+    Path("stray").touch()
+
+
+def _forget(self: Any) -> None:
+    (self.directory.parent / "life").mkdir()
+
+
+def _only_begun(self: Any, error: BaseException | None) -> None:
+    if not self._writers:
+        raise RuntimeError("nothing is open")
+
+
+def _blacken(self: Any, model: str, num_steps: int, samples: Any) -> None:
+    if isinstance(samples, Tensor):
+        samples.zero_()
+
+
+def _finite_alone(self: Any, model: str, num_steps: int, figures: Any) -> None:
+    for figure in figures:
+        json.dumps(figure.value, allow_nan=False)
+
+
+OBSERVERS: list[tuple[str, str, type, dict[str, Any], str]] = [
+    ("observer", "constructor", _with_init(TensorBoard, _write_at_once), {}, "the run directory holds early before"),
+    ("observer", "life", watching(on_samples=_blacken), {}, "the pictures that were handed over have been changed"),
+    ("observer", "life", watching(on_figures=_finite_alone), {}, "Out of range float values"),
+    ("observer", "place", watching(begin=_stray), {}, "it left stray in the working directory"),
+    ("observer", "end", watching(end=_only_begun), {}, "nothing is open"),
+    ("observer", "resume", watching(begin=_forget), {}, "FileExistsError"),
+]
+
+BROKEN = [*GENERAL, *PROCESSES, *BACKBONES, *GENERATORS, *OBJECTIVES, *DATA, *SAMPLERS, *METRICS, *OBSERVERS]
 
 
 @pytest.mark.parametrize(
