@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         NetworkDenoiser,
         NetworkPrediction,
         Objective,
+        Observer,
         Picture,
         Player,
         Prediction,
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
         upload_model,
     )
     from dmmd_core.shaping import ShapedDenoiser, guide_log_probs, guided, shape_log_probs
+    from dmmd_core.usage import is_circumstance
 
 _HOMES = {
     "dmmd_core.api": "run",
@@ -96,8 +98,8 @@ _HOMES = {
     "dmmd_core.hub": "hub_problem",
     "dmmd_core.interfaces": "INTERFACES KINDS Backbone Batch Codec Component Condition Data DataSpec Denoiser "
     "EnumerableData Features FiniteData Generator ImageCodec ImageSource Images LanguageModel Losses Metric "
-    "NetworkDenoiser NetworkPrediction Objective Picture Player Prediction Process Requirement Sampler Samples "
-    "Schedule Slot Subject TablePrediction Teacher TextCodec Value network_times option per_position slot",
+    "NetworkDenoiser NetworkPrediction Objective Observer Picture Player Prediction Process Requirement Sampler "
+    "Samples Schedule Slot Subject TablePrediction Teacher TextCodec Value network_times option per_position slot",
     "dmmd_core.loss": "Rows rows_with_loss sum_over_rows",
     "dmmd_core.pipeline": "Run",
     "dmmd_core.plugins": "load_plugins",
@@ -107,6 +109,7 @@ _HOMES = {
     "dmmd_core.registry": "PluginRegistrar Registry",
     "dmmd_core.saved": "SavedModel load_model_weights load_student load_teacher saved_capabilities upload_model",
     "dmmd_core.shaping": "ShapedDenoiser guide_log_probs guided shape_log_probs",
+    "dmmd_core.usage": "is_circumstance",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -139,6 +142,7 @@ __all__ = [
     "NetworkDenoiser",
     "NetworkPrediction",
     "Objective",
+    "Observer",
     "Picture",
     "Player",
     "PluginError",
@@ -172,6 +176,7 @@ __all__ = [
     "hookimpl",
     "hub_problem",
     "in_notebook",
+    "is_circumstance",
     "load_model_weights",
     "load_plugins",
     "load_recipe",

@@ -23,6 +23,7 @@ def prepare(
     registry: Registry | None = None,
     smoke: bool = False,
     quiet: bool = False,
+    profile: bool = False,
     outside: bool = True,
 ) -> Run:
     """Validate a recipe and build what it names, without writing anything.
@@ -33,6 +34,7 @@ def prepare(
         registry: The components; all installed plugins by default.
         smoke: Shrink the run to seconds, as ``--smoke`` does; what an earlier such run left is removed.
         quiet: Print no progress.
+        profile: Trace a few steps of every stage, as ``--profile`` does.
         outside: Also ask whether data and libraries are where the recipe says.
 
     Returns:
@@ -58,7 +60,7 @@ def prepare(
         plan = resolve(read(smoke_settings(plan, overrides)), registry)
         if int(os.environ.get("RANK", "0")) == 0:  # the others wait for it before they look
             clear_smoke_directory(plan.recipe.run.directory)
-    return Run(plan, registry, quiet=quiet)
+    return Run(plan, registry, quiet=quiet, profile=profile)
 
 
 def run(
@@ -68,6 +70,7 @@ def run(
     registry: Registry | None = None,
     smoke: bool = False,
     quiet: bool = False,
+    profile: bool = False,
 ) -> Run:
     """Run a recipe, or finish a run of it that was interrupted: the whole of ``dmmd-run``.
 
@@ -80,6 +83,8 @@ def run(
         registry: The components; all installed plugins by default.
         smoke: Shrink the run to seconds, as ``--smoke`` does; what an earlier such run left is removed.
         quiet: Print neither progress nor tables; logs and reports are written all the same.
+        profile: Trace a few steps of every training stage and one sampling call into ``profile/`` of the run directory,
+            as ``--profile`` does.
 
     Returns:
         The finished run: ``metrics`` is the content of its ``metrics.json``, ``directory`` the place of its models,
@@ -90,7 +95,7 @@ def run(
         PluginError: A plugin cannot be loaded.
         RunError: The run cannot go on, or its directory belongs to another recipe.
     """
-    prepared = prepare(recipe, overrides, registry=registry, smoke=smoke, quiet=quiet)
+    prepared = prepare(recipe, overrides, registry=registry, smoke=smoke, quiet=quiet, profile=profile)
     prepared.execute()
     return prepared
 

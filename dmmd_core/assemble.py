@@ -22,6 +22,7 @@ from dmmd_core.interfaces import (
     Metric,
     NetworkDenoiser,
     Objective,
+    Observer,
     Process,
     Sampler,
     Teacher,
@@ -147,6 +148,12 @@ class Assembly:
                 training_steps=training_steps,
             ),
         )
+
+    def observers(self, directory: Path) -> list[Observer]:
+        """Build all observers of a run in a directory."""
+        recipe = self.plan.recipe
+        offers = {"directory": directory, "name": recipe.name, "recipe": recipe.plain()}
+        return [cast("Observer", self._build(part, **offers)) for part in self.plan.observers]
 
     def metrics(self) -> list[Metric]:
         """Build all metrics."""

@@ -42,6 +42,9 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
         "--conformance", metavar="KIND:NAME", help="hold a component against the contract; its params as key=value"
     )
     mode.add_argument("--copy-recipes", metavar="DIR", help="copy the recipes that come with dmmd into a folder")
+    parser.add_argument(
+        "--profile", action="store_true", help="trace a few steps of every stage and a sampling call into profile/"
+    )
     _add_common(parser)
     options = parser.parse_intermixed_args(arguments)
     _set_up(options)
@@ -50,6 +53,10 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
         parser.error("give a recipe, or one of --plugins, --explain, --conformance, --copy-recipes")
     if (options.plugins or options.explain or options.copy_recipes) and options.recipe is not None:
         parser.error(f"this mode takes no recipe, got {options.recipe!r}")
+    if options.profile:
+        if alone or options.check or options.dry_run:
+            parser.error("--profile goes with a run or --smoke; this mode runs nothing")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells of its own life
     return _guard(lambda: _answer(options, _run))
 
 
@@ -186,6 +193,7 @@ def _run(options: argparse.Namespace) -> Any:
         registry=registry,
         smoke=options.smoke,
         quiet=options.quiet,
+        profile=options.profile,
         outside=not options.check,
     )
     if options.check:

@@ -71,6 +71,7 @@ class Draws:
         self.step = step
         self.sample_indices = sample_indices
         self.scope = scope
+        self._made: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @classmethod
     def for_range(
@@ -109,8 +110,14 @@ class Draws:
             shape: Shape per sample.
 
         Returns:
-            float64 ``[batch, *shape]`` with 52 random bits each.
+            float64 ``[batch, *shape]`` with 52 random bits each; made once and kept, so not to be changed in place.
         """
+        known = self._made.get((stream, tuple(shape)))
+        if known is None:
+            known = self._made[stream, tuple(shape)] = self._uniform(stream, shape)
+        return known
+
+    def _uniform(self, stream: str, shape: Sequence[int]) -> Tensor:
         count = math.prod(shape)
         lanes = (count + 1) // 2  # four 32-bit words make two float64 uniforms
         low = (self.sample_indices & _MASK32).unsqueeze(1)

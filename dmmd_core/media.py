@@ -39,6 +39,22 @@ def write_png(image: Tensor, path: Path) -> None:
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, format="PNG")
 
 
+def readable(codec: Codec, tokens: Tensor) -> Tensor | list[str]:
+    """Decode tokens into what a person can look at.
+
+    Args:
+        codec: Decodes the tokens.
+        tokens: int64 ``[n, length]``.
+
+    Returns:
+        Images, uint8 ``[n, channels, height, width]``, or a line a sample; tokens that stand for nothing are numbers.
+    """
+    if codec.media == "tokens":
+        return [" ".join(map(str, row)) for row in tokens.tolist()]
+    media: Any = codec.decode(tokens)
+    return torch.as_tensor(media) if codec.media == "image" else list(media)
+
+
 def write_media(codec: Codec, tokens: Tensor, folder: Path, name: str) -> list[Path]:
     """Decode tokens and write them: a PNG grid, a text file, and the tokens themselves as ``.npy``.
 
@@ -54,12 +70,11 @@ def write_media(codec: Codec, tokens: Tensor, folder: Path, name: str) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{name}_tokens.npy"]
     np.save(written[0], tokens.numpy())
-    media: Any = codec.decode(tokens)
-    if codec.media == "image":
+    media = readable(codec, tokens)
+    if isinstance(media, Tensor):
         written.append(folder / f"{name}.png")
-        write_png(image_grid(torch.as_tensor(media)), written[-1])
+        write_png(image_grid(media), written[-1])
     else:
-        lines = media if codec.media == "text" else [" ".join(map(str, row)) for row in tokens.tolist()]
         written.append(folder / f"{name}.txt")
-        written[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+        written[-1].write_text("\n".join(media) + "\n", encoding="utf-8")
     return written

@@ -21,5 +21,6 @@ OFFERS: dict[str, frozenset[str]] = {
     "sampler": _SPEC | {"process"},
     "features": _SPEC | {"data", "codec", "seed", "cache_directory"},
     "language_model": _SPEC | {"data", "codec", "seed", "cache_directory"},
+    "observer": frozenset({"directory", "name", "recipe"}),
     "metric": _SPEC | {"data", "codec", "process", "seed", "cache_directory"},
 }

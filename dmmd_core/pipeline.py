@@ -7,7 +7,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,8 +38,10 @@ from dmmd_core.errors import (
     RunError,
     ToldElsewhereError,
 )
-from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Sampler, Subject
+from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Sampler, Subject, Value
+from dmmd_core.media import readable
 from dmmd_core.precision import AutocastSampler, choose_device, choose_precision, tf32_matrix_products
+from dmmd_core.profiling import FOLDER, Profiler
 from dmmd_core.recipe import TrainSection
 from dmmd_core.records import (
     METRICS,
@@ -58,6 +61,8 @@ from dmmd_core.train import Trainer
 
 METRICS_SCHEMA = 1
 _LOOKED_AT = 16  # examples of each split, before anything is trained
+_EVALUATE = "evaluate"
+_SAMPLES_SHOWN = 64  # to observers
 
 
 class Run:
@@ -71,6 +76,7 @@ class Run:
         stage: Name of the current stage.
         stage_steps: Number of steps of the current stage.
         processes: This process among those that work on the run; observers live in the first.
+        observers: Those of the recipe; none in the other processes.
         sharded: Whether networks are cut over the processes in training.
         choices: What backbone and engine chose and a reader should see, such as the attention kernel.
         engine: Every choice of the engine, for the log.
@@ -78,9 +84,10 @@ class Run:
         metrics: The content of ``metrics.json``.
         stop_requested: Set by a signal handler; the run stops at the next step with a checkpoint.
         quiet: Whether observers should print nothing; logs and reports are written all the same.
+        profiler: Writes traces of a few steps; None where that was not asked for, or not of this process.
     """
 
-    def __init__(self, plan: Plan, registry: Registry, *, quiet: bool = False) -> None:
+    def __init__(self, plan: Plan, registry: Registry, *, quiet: bool = False, profile: bool = False) -> None:
         self.plan = plan
         self.registry = registry
         recipe = plan.recipe
@@ -97,12 +104,16 @@ class Run:
         self.stop_requested = False
         self.quiet = quiet or not self.processes.is_main
         self.say: Callable[[str], None] = lambda text: None if self.quiet else print(text, file=sys.stderr)
+        wanted = profile and self.processes.is_main
+        folder = self.directory / FOLDER
+        self.profiler = Profiler(folder, self.device, lambda text: self.say(text)) if wanted else None
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
         self.assembly = Assembly(plan, self.directory / "cache")
         self.samplers = {
             "student": self._watched("student", self.assembly.sampler),
             "teacher": self._watched("teacher", self.assembly.teacher_sampler),
         }
+        self.observers = self.assembly.observers(self.directory) if self.processes.is_main else []
         self._dry_build()
         self._refuse_what_cannot_work()
 
@@ -119,17 +130,23 @@ class Run:
         """Tell the observers about a step."""
         if self.processes.is_main:
             self.registry.hooks.dmmd_after_step(run=self, step=step, metrics=metrics)
+        for observer in self.observers if self.stage != _EVALUATE else ():
+            observer.on_step(self.stage, step, metrics)
 
     def after_checkpoint(self, step: int, path: Path) -> None:
         """Tell the observers about a checkpoint."""
         if self.processes.is_main:
             self.registry.hooks.dmmd_after_checkpoint(run=self, step=step, path=path)
+        for observer in self.observers:
+            observer.on_checkpoint(self.stage, step, path)
 
     def warn(self, step: int, message: str) -> None:
         """Say that somebody should look, and tell the observers."""
         self.say(f"{self.stage}: {message}")
         if self.processes.is_main:
             self.registry.hooks.dmmd_on_warning(run=self, step=step, message=message)
+        for observer in self.observers:
+            observer.on_warning(self.stage, step, message)
 
     # ---- the run --------------------------------------------------------------------------------------------
 
@@ -149,7 +166,11 @@ class Run:
             with tf32_matrix_products(self.plan.recipe.run.tf32, self.device):
                 if self.processes.is_main:
                     self.registry.hooks.dmmd_before_run(run=self)
+                for observer in self.observers:
+                    observer.begin()
                 self._stages()
+            if self.profiler is not None:
+                self.profiler.finish()
             self.processes.leave()
         except PeerLostError as caught:
             error = caught
@@ -164,7 +185,11 @@ class Run:
             torch.set_num_threads(own_threads)
             if self.processes.is_main:
                 lock.release()
-                self.registry.hooks.dmmd_after_run(run=self, error=error)
+            with ExitStack() as ends:
+                for observer in self.observers:
+                    ends.callback(observer.end, error)
+                if self.processes.is_main:
+                    self.registry.hooks.dmmd_after_run(run=self, error=error)
 
     def _stages(self) -> None:
         self._run_stage("data", 1, self._prepare_data)
@@ -266,6 +291,8 @@ class Run:
         write_record(self.directory / METRICS, self.metrics)
         write_record(self.directory / STAGES, self.stages)
         self.registry.hooks.dmmd_after_stage(run=self, stage=stage, results=results)
+        for observer in self.observers:
+            observer.on_stage(stage, self.stages[stage]["seconds"])
 
     def _prepare_data(self) -> dict[str, Any]:
         data = self.assembly.data
@@ -290,13 +317,13 @@ class Run:
     def _evaluate(self, teacher: Denoiser, student: Denoiser) -> None:
         for model, steps in dict.fromkeys((row["model"], row["num_steps"]) for row in self.metrics["results"]):
             self._verified_samples(model, steps)
-        if "evaluate" in self.stages:
+        if _EVALUATE in self.stages:
             return
         section = self.plan.recipe.evaluate
         jobs: list[tuple[str, int, Denoiser | None]] = [("train", 0, None), ("test", 0, None)]
-        jobs += [("teacher", steps, teacher) for steps in section.teacher_steps]
-        jobs += [("student", steps, student) for steps in section.student_steps]
-        self._run_stage("evaluate", len(jobs), lambda: self._judge(jobs))
+        jobs += [("teacher", steps, teacher) for steps in sorted(section.teacher_steps)]
+        jobs += [("student", steps, student) for steps in sorted(section.student_steps)]
+        self._run_stage(_EVALUATE, len(jobs), lambda: self._judge(jobs))
         self.processes.from_main(self._write_cards)
 
     def _write_cards(self) -> None:
@@ -316,6 +343,10 @@ class Run:
             if (model, steps) in done:
                 continue
             rows = self._judge_one(metrics, model, steps, denoiser)
+            # Before they are safe: what is told twice is known to be the same, and what is never told is missing.
+            figures = [Value(**{field.name: row[field.name] for field in fields(Value)}) for row in rows]
+            for observer in self.observers:
+                observer.on_figures(model, steps, figures)
             self.metrics["results"].extend(rows)
             self.metrics["timing"]["evaluate"] = round(time.monotonic() - started, 3)
             self.processes.from_main(lambda: write_record(self.directory / METRICS, self.metrics))
@@ -338,6 +369,8 @@ class Run:
             seconds = time.monotonic() - started
             self.metrics["timing"].setdefault("sampling", {})[f"{model}_{steps}"] = round(seconds, 3)
         self.processes.from_main(lambda: self._keep_samples(model, steps, batch))
+        for observer in self.observers:
+            observer.on_samples(model, steps, readable(self.assembly.data.codec, batch.tokens[:_SAMPLES_SHOWN]))
         draws = Draws.for_range(self.seed, 0, 0, 1, self.device).within("evaluate/metric")
         subject = Subject(
             model=model,
@@ -392,13 +425,22 @@ class Run:
                 if chosen is not None:
                     condition = Condition(label=chosen.to(self.device))
                     labels.append(chosen)
-            samples = self.samplers[model].sample(denoiser, draws, num_steps=steps, condition=condition)
+            with self._profiled_sampling(model, steps):
+                samples = self.samplers[model].sample(denoiser, draws, num_steps=steps, condition=condition)
             tokens.append(samples.tokens.cpu())
             self._stop_if_asked(alone=True)
         self._stop_if_asked()
         parts = self.processes.gather((tokens, labels))
         tokens, labels = ([piece for part in parts for piece in part[place]] for place in (0, 1))
         return Batch(torch.cat(tokens), torch.cat(labels) if labels else None)
+
+    def _profiled_sampling(self, model: str, steps: int) -> AbstractContextManager[None]:
+        """Context of a sampling call: with ``--profile`` the first one of the student is traced, or of the teacher."""
+        role = "student" if self.plan.recipe.evaluate.student_steps else "teacher"
+        profiler = self.profiler
+        if profiler is None or model != role or any(name.startswith("sampling") for name in profiler.traced):
+            return nullcontext()
+        return profiler.call(f"sampling_{model}_{steps}")
 
     def _yardstick(self, split: str) -> Batch:
         """Real data seen through the codec: what a perfect model of the tokens would score."""

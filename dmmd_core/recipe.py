@@ -17,6 +17,7 @@ from dmmd_core.interfaces.component import Slot, option, slot
 from dmmd_core.schema import Problems, Source, read_dataclass, read_yaml, refuse_interpolation
 
 SCHEMA = 1
+_FREE = {"observers"}  # keys that have no part in what a run computes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,7 @@ class Recipe:
     distill: DistillSection
     sampler: Slot = slot("sampler", help="how models are sampled")
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    observers: list[Slot] = slot("observer", help="who is told of the run while it goes on", many=True)
     run: RunSection
     source: Source = field(default=Source("recipe"), compare=False, repr=False, metadata={"internal": True})
 
@@ -271,9 +273,7 @@ def _collect(recipe: Recipe) -> dict[str, Any]:
 
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:
-    """Key paths in which two recipes differ, sorted."""
+    """Key paths in which two recipes differ so that their results may, sorted: a run may change its observers."""
     before, after = _collect(old), _collect(new)
-    missing = object()
-    return sorted(
-        key for key in before.keys() | after.keys() if before.get(key, missing) != after.get(key, missing)
-    )
+    missing, keys = object(), (before.keys() | after.keys()) - _FREE
+    return sorted(key for key in keys if before.get(key, missing) != after.get(key, missing))

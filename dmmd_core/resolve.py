@@ -65,6 +65,7 @@ class Plan:
     teacher_objective: Part | None
     teacher_load: Part | None
     initialize_objective: Part | None
+    observers: list[Part] = field(default_factory=list)
 
     def parts(self) -> Iterator[Part]:
         """Yield every part at every depth."""
@@ -112,6 +113,10 @@ def resolve(recipe: Recipe, registry: Registry, *, outside: bool = True) -> Plan
             registry,
             problems,
         ),
+        observers=[
+            _required(observer, "observer", f"observers[{place}]", registry, problems)
+            for place, observer in enumerate(recipe.observers)
+        ],
     )
     problems.raise_if_any()
     _check_roles(plan, problems)

@@ -68,6 +68,8 @@ def save_model(
     weights = whole_tensors(denoiser.state_dict())
     assert assembly.spec is not None
     codec = assembly.data.codec
+    recipe = dataclasses.replace(assembly.plan.recipe, observers=[])  # who looked on has no part in a model
+    parts = [part for part in assembly.plan.parts() if part.entry.kind != "observer"]
     config = {
         "schema": _SCHEMA,
         "role": role,
@@ -75,8 +77,8 @@ def save_model(
         "codec_fingerprint": codec.fingerprint(),
         "media": codec.media,
         "versions": package_versions(),
-        "recipe": assembly.plan.recipe.plain(),
-        "providers": {f"{p.entry.kind}:{p.entry.name}": str(p.entry.provider) for p in assembly.plan.parts()},
+        "recipe": recipe.plain(),
+        "providers": {f"{p.entry.kind}:{p.entry.name}": str(p.entry.provider) for p in parts},
         **facts,
     }
 
@@ -444,7 +446,7 @@ def plan_of(config: dict[str, Any], origin: str, registry: Registry) -> Plan:
     """
     recipe = recipe_from_plain(config["recipe"], origin)
     # Who samples needs no metrics; they may come from packages that are not installed here.
-    recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, metrics=[]))
+    recipe = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, metrics=[]), observers=[])
     try:
         return resolve(recipe, registry, outside=False)  # a saved model needs no data, nor what it was trained from
     except RecipeError as error:

@@ -36,9 +36,12 @@ from dmmd_core.precision import autocast
 from dmmd_core.recipe import TrainSection
 from dmmd_core.sharding import Game, let_go, local, replicated, shard, whole
 from dmmd_core.soundness import check_batch
+from dmmd_core.usage import StepTimes, peak_memory
 
 if TYPE_CHECKING:
     from dmmd_core.pipeline import Run
+
+_CUDA_STEPS = 8  # before a log line whose parts are timed: every turn of a game is among them, and events cost little
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}  # of the last logged step
         self.alarms: set[str] = set()
         self._stopping = False
+        self.times = StepTimes(run.device)
         self._data_s = 0.0  # waited for data since the last log line
         self._logged = (0, 0.0)  # step and clock of the last log line
 
@@ -135,10 +139,18 @@ class Trainer:
         started = time.monotonic() - self.seconds
         self._data_s, self._logged = 0.0, (self.step, time.monotonic())
         devices = [self.run.device] if self.run.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        parts = {name: player.module for name, player in self.players.items()} | self.objective.frozen()
+        followed = self.times.following({f"{name}_forward": module for name, module in parts.items()})
+        profiler, remaining = self.run.profiler, self.section.steps - self.step
+        self.times.annotate = profiler is not None
+        profiled = profiler.steps(self.stage, remaining) if profiler else nullcontext(lambda: None)
+        with torch.random.fork_rng(devices=devices), followed, profiled as step_is_over:
             try:
                 while self.step < self.section.steps:
+                    if not self.times.cuda or self._steps_to_log() <= _CUDA_STEPS:
+                        self.times.start()
                     found = self._one_step()
+                    step_is_over()
                     self.step += 1
                     self.seconds = time.monotonic() - started
                     last = self.step == self.section.steps
@@ -158,15 +170,21 @@ class Trainer:
         assert isinstance(model, Denoiser)
         return Trained(model, self.seconds, self.metrics)
 
+    def _steps_to_log(self) -> int:
+        """Steps until the next log line is written, the one about to be made included."""
+        every = self.section.log_every
+        return min(every - self.step % every, self.section.steps - self.step)
+
     def _one_step(self) -> dict[str, Tensor]:
         """One turn; its metrics, none where the step was skipped."""
-        section, step = self.section, self.step
+        step = self.step
         turn = self.objective.turn(step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         with others_are_there():
             losses = self._together(self._backward(turn))
-        norms = {name: self._gradient_norm(name) for name in turn}
+        with self.times.part("optimizer"):
+            norms = {name: self._gradient_norm(name) for name in turn}
         bad = _not_finite(
             {f"loss of {name}": loss for name, loss in losses.by_player.items()}
             | {f"gradient of {name}": whole(norm) for name, norm in norms.items()}
@@ -174,9 +192,17 @@ class Trainer:
         if bad:
             self._skip(bad)
             return {}
+        with self.times.part("optimizer"):
+            self._update(turn, norms)
+        self.objective.after_update(step)
+        return losses.metrics
+
+    def _update(self, turn: tuple[str, ...], norms: Mapping[str, Tensor]) -> None:
+        """Move the players whose turn it is along their gradients, and the moving average after them."""
+        section = self.section
         for module in self._changing():
             let_go(module)
-        rate = learning_rate(section.optimizer, step, section.steps)
+        rate = learning_rate(section.optimizer, self.step, section.steps)
         for name in turn:
             player, optimizer = self.players[name], self.optimizers[name]
             if section.optimizer.clip_norm is not None:
@@ -186,8 +212,6 @@ class Trainer:
             optimizer.step()
         if any(self.players[name].result for name in turn):
             self.average.update(self.result)
-        self.objective.after_update(step)
-        return losses.metrics
 
     def _backward(self, turn: tuple[str, ...]) -> Losses:
         """Losses of this process's part of the step's batch, its share of the gradients left in the parameters."""
@@ -211,15 +235,17 @@ class Trainer:
         start = step * section.batch_size + indices.start
         draws = Draws.for_range(run.seed, step, start, len(indices), run.device).within(self.stage)
         waiting = time.monotonic()
-        batch = run.assembly.data.training_batch(draws)
+        with self.times.part("data"):
+            batch = run.assembly.data.training_batch(draws)
         self._data_s += time.monotonic() - waiting
         self._check(batch, len(indices))
-        with autocast(run.device, run.precision):
+        with self.times.part("loss"), autocast(run.device, run.precision):
             by_player, metrics = self.game(turn, batch, draws)
         total = torch.stack([loss.float() for loss in by_player.values()]).sum()
         # The engine takes the mean over processes, of parts whose sizes may differ by one.
         share = len(indices) / section.batch_size * run.processes.size
-        (total if share == 1 else total * share).backward()
+        with self.times.part("backward"):
+            (total if share == 1 else total * share).backward()
         detached = {name: loss.detach() for name, loss in by_player.items()}
         return len(indices) / len(run.processes.share(section.batch_size)), Losses(detached, metrics)
 
@@ -281,11 +307,11 @@ class Trainer:
         if self.skipped:
             values["skipped_steps"] = float(self.skipped)
         values["learning_rate"] = learning_rate(self.section.optimizer, self.step - 1, self.section.steps)
-        self.run.after_step(self.step, values | self._speed())
+        self.run.after_step(self.step, values | self._speed() | peak_memory(self.run.device))
         return values
 
     def _speed(self) -> dict[str, float]:
-        """Throughput of all processes since the last log line, and this one's share of time waiting for data."""
+        """Throughput of all processes since the last log line, and the parts of a step in this one's time."""
         step, clock = self._logged
         now = time.monotonic()
         seconds, self._logged = max(now - clock, 1e-9), (self.step, now)
@@ -293,7 +319,9 @@ class Trainer:
         spec = self.run.assembly.spec
         assert spec is not None
         waited, self._data_s = self._data_s / seconds, 0.0
-        return {"samples_per_second": samples, "tokens_per_second": samples * spec.length, "data_time_share": waited}
+        shares = {f"{name}_time_share": share for name, share in self.times.shares().items()}
+        speed = {"samples_per_second": samples, "tokens_per_second": samples * spec.length}
+        return speed | shares | {"data_time_share": waited}
 
     def save(self) -> None:
         """Write a checkpoint of the whole training state.

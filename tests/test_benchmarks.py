@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, make_run, tiny_recipe
 
-from dmmd_core import Draws, load_plugins, load_recipe
+from dmmd_core import Draws, NetworkDenoiser, load_plugins, load_recipe
 from dmmd_core.assemble import Assembly
 from dmmd_core.interfaces import Condition
 from dmmd_core.resolve import resolve
@@ -177,3 +177,37 @@ def test_compare_never_takes_the_figures_of_another_recipe(tmp_path):
     compare.write(tmp_path / "a.yaml", "distill: {steps: 1}\n")
     with pytest.raises(SystemExit, match="is another recipe than this run's"):
         compare.run_recipe({"distill": {"steps": 2}}, tmp_path / "a")
+
+
+def test_the_sampler_that_ancestral_is_timed_against_draws_from_the_same_distribution():
+    """Its clean probabilities are the denoiser's; a step shows a token with probability 1 - s / t."""
+    engine = benchmark("engine")
+    size = {"vocab_size": 5, "length": 6, "width": 32, "depth": 1}
+    process, backbone = engine._network(size, "cpu")
+    theirs, ours = engine.MdlmSampler(backbone, 5), NetworkDenoiser(backbone, process).eval()
+    count, t, s = 4000, 0.8, 0.5
+    z = torch.tensor([[5, 5, 1, 5, 5, 3]]).expand(count, -1)
+    with torch.no_grad():
+        clean = theirs.clean_probs(z, t)
+        expected = ours(z, torch.full((count,), t)).log_probs().exp().unflatten(0, z.shape)
+        assert torch.allclose(clean[..., :5], expected, atol=1e-6)
+        torch.manual_seed(0)
+        drawn = theirs.step(z, t, s)
+        assert torch.equal(theirs.step(z, t, s, clean)[:, 2], z[:, 2])
+    assert torch.equal(drawn[:, [2, 5]], z[:, [2, 5]])
+    at_first = drawn[:, 0].bincount(minlength=6) / count
+    wanted = torch.cat((clean[0, 0, :5] * (1 - s / t), torch.tensor([s / t])))
+    # Six standard deviations of a frequency.
+    assert bool(((at_first - wanted).abs() <= 6 * (wanted * (1 - wanted) / count).sqrt() + 1e-6).all())
+
+
+def test_the_engine_is_measured_by_one_command(tmp_path, monkeypatch):
+    out = tmp_path / "engine.json"
+    parts = ["iteration", "sampling", "mdlm"]
+    monkeypatch.setattr("sys.argv", ["engine.py", *parts, "--small", "--repeats", "1", "--out", str(out)])
+    assert benchmark("engine").main() == 0
+    found = json.loads(out.read_text())
+    assert set(found) == set(parts)
+    assert set(found["iteration"]["over_limit"]) == {"joint", "alternate", "teacher"}
+    assert found["sampling"]["tiny"]["over_bare"] > 0
+    assert found["mdlm"]["run_of_64"]["mdlm_over_ours"] > 0

@@ -48,6 +48,7 @@ from dmmd_generators.noise_conditioned import NoiseConditioned
 from dmmd_metrics.entropy import TokenEntropy
 from dmmd_objectives.denoising import Denoising
 from dmmd_objectives.moment_matching import MomentMatching
+from dmmd_observers.tensorboard import TensorBoard
 from dmmd_processes.masked import Masked
 from dmmd_processes.schedules import Linear, Polynomial
 from dmmd_processes.uniform import Uniform
@@ -782,6 +783,12 @@ def _without(*names: str) -> Callable[..., Any]:
     return change
 
 
+def _labels_turned_round(inner: Any, denoiser: Any, draws: Draws, **more: Any) -> Any:
+    condition = more.pop("condition") or Condition()
+    turned = None if condition.label is None else condition.label.flip(0)
+    return inner(denoiser, draws, condition=dataclasses.replace(condition, label=turned), **more)
+
+
 def _flat_last(inner: Any, denoiser: Any, draws: Draws, **more: Any) -> Any:
     tokens = inner(denoiser, draws, **more).tokens
     return Samples(tokens, torch.full((*tokens.shape, 3), 1 / 3).log())
@@ -805,6 +812,7 @@ SAMPLERS: list[tuple[str, str, type, dict[str, Any], str]] = [
     ),
     ("sampler", "fixed", Changed(_without("fixed", "values")).sampler, {}, "given tokens were changed"),
     ("sampler", "condition", Changed(_without("label")).sampler, {}, "without the labels"),
+    ("sampler", "condition", Changed(_labels_turned_round).sampler, {}, "labels of other samples"),
     ("sampler", "latent", Changed(_one_latent).sampler, {}, "two calls were given one latent"),
     ("sampler", "one_position", Ancestral, {"temperature": 0.7}, "was drawn with frequency"),
     ("sampler", "last_step", Changed(_flat_last).sampler, {}, "more or less often than the last probabilities say"),
@@ -822,7 +830,13 @@ SAMPLERS: list[tuple[str, str, type, dict[str, Any], str]] = [
         {},
         "num_steps=0 raises no ValueError",
     ),
-    ("sampler", "no_gradient", variant(Ancestral, sample=Ancestral.sample.__wrapped__), {}, "with gradients on"),  # type: ignore[attr-defined]
+    (
+        "sampler",
+        "no_gradient",
+        variant(Ancestral, sample=Ancestral.sample.__wrapped__, step=Ancestral.step.__wrapped__),  # type: ignore[attr-defined]
+        {},
+        "with gradients on",
+    ),
     ("sampler", "devices", Changed(lambda f, m, d, **k: Samples(f(m, d, **k).tokens.cpu())).sampler, {}, ""),
 ]
 
@@ -874,7 +888,52 @@ METRICS: list[tuple[str, str, type, dict[str, Any], str]] = [
     ("metric", "looks", figure(lambda subject: 1.0), {}, "get the same figures as real data"),
 ]
 
-BROKEN = [*GENERAL, *PROCESSES, *BACKBONES, *GENERATORS, *OBJECTIVES, *DATA, *SAMPLERS, *METRICS]
+
+# ---- observers
+
+
+def watching(**members: Any) -> type:
+    """TensorBoard's observer with some methods replaced."""
+    return variant(TensorBoard, **members)
+
+
+def _write_at_once(self: Any) -> None:
+    (self.directory.parent / "early").touch()
+
+
+def _stray(self: Any) -> None:
+    Path("stray").touch()
+
+
+def _forget(self: Any) -> None:
+    (self.directory.parent / "life").mkdir()
+
+
+def _only_begun(self: Any, error: BaseException | None) -> None:
+    if not self._writers:
+        raise RuntimeError("nothing is open")
+
+
+def _blacken(self: Any, model: str, num_steps: int, samples: Any) -> None:
+    if isinstance(samples, Tensor):
+        samples.zero_()
+
+
+def _finite_alone(self: Any, model: str, num_steps: int, figures: Any) -> None:
+    for figure in figures:
+        json.dumps(figure.value, allow_nan=False)
+
+
+OBSERVERS: list[tuple[str, str, type, dict[str, Any], str]] = [
+    ("observer", "constructor", _with_init(TensorBoard, _write_at_once), {}, "the run directory holds early before"),
+    ("observer", "life", watching(on_samples=_blacken), {}, "the pictures that were handed over have been changed"),
+    ("observer", "life", watching(on_figures=_finite_alone), {}, "Out of range float values"),
+    ("observer", "place", watching(begin=_stray), {}, "it left stray in the working directory"),
+    ("observer", "end", watching(end=_only_begun), {}, "nothing is open"),
+    ("observer", "resume", watching(begin=_forget), {}, "FileExistsError"),
+]
+
+BROKEN = [*GENERAL, *PROCESSES, *BACKBONES, *GENERATORS, *OBJECTIVES, *DATA, *SAMPLERS, *METRICS, *OBSERVERS]
 
 
 @pytest.mark.parametrize(

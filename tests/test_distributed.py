@@ -37,7 +37,7 @@ def _recipe(directory: Path, parallel: str) -> dict[str, Any]:
 
 def _losses(told: dict[str, Any], stage: str, first: int = 0) -> torch.Tensor:
     rows = [
-        [value for key, value in metrics.items() if not key.endswith(("_per_second", "_share"))]
+        [value for key, value in metrics.items() if not key.endswith(("_per_second", "_share", "_gib"))]
         for name, step, metrics in told["steps"]
         if name == stage and step > first
     ]

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dmmd_core import Batch
 from dmmd_reporting import plugin
-from dmmd_reporting.log import Log, loss_curves, read_log
+from dmmd_reporting.log import Log, loss_curves, read_log, time_shares
 from dmmd_reporting.nearest import nearest_training_images
 from dmmd_reporting.rate import Rate
 from dmmd_reporting.summary import summarize
@@ -28,6 +28,12 @@ from dmmd_reporting.terminal import Terminal
 EVIL = "<script>alert(1)</script> | [x](y) `z`"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 METRICS = {"frechet_distance": True, "token_entropy": None, "distinct_samples": False}
+
+
+CIRCUMSTANCES = {
+    "learning_rate": 1e-3, "samples_per_second": 50.0, "tokens_per_second": 3200.0, "student_forward_time_share": 0.25,
+    "backward_time_share": 0.5, "data_time_share": 0.125, "peak_process_memory_gib": 0.75,
+}  # fmt: skip
 
 
 class FakeRun(SimpleNamespace):
@@ -109,7 +115,7 @@ def play(run: FakeRun, error: BaseException | None = None) -> None:
     plugin.dmmd_before_run(run=run)
     run.stage, run.stage_steps = "distill", 40
     for step in range(10, 41, 10):
-        plugin.dmmd_after_step(run=run, step=step, metrics={"student_loss": 1 / step, "learning_rate": 1e-3})
+        plugin.dmmd_after_step(run=run, step=step, metrics={"student_loss": 1 / step, **CIRCUMSTANCES})
     plugin.dmmd_after_checkpoint(run=run, step=40, path=run.directory / "checkpoints")
     plugin.dmmd_after_stage(run=run, stage="distill", results={})
     if error is None:
@@ -311,6 +317,43 @@ def test_plain_lines_have_rate_and_eta_and_come_seldom(tmp_path: Path) -> None:
     assert lines[0] == "distill: 50/1000  10.0 it/s  ETA 1:35  student_loss 0.5"
     assert lines[-1] == "distill: 1000/1000  10.0 it/s  ETA 0:00  student_loss 0.5"
     assert len(lines) == 8  # the first, the last, and one for every 15 of 100 seconds
+
+
+def test_plain_lines_show_what_is_learned_and_not_how_fast(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    terminal, output, now = watched(run, interactive=False)
+    run.stage, run.stage_steps, now[0] = "teacher", 100, 5.0
+    terminal.step(run, 50, {"network_loss": 1.5, **CIRCUMSTANCES})
+    assert output.getvalue() == "teacher: 50/100  10.0 it/s  ETA 0:05  network_loss 1.5\n"
+
+
+def test_reports_tell_where_the_time_went_and_the_memory(finished: FakeRun) -> None:
+    markdown = (finished.directory / "report.md").read_text()
+    table = markdown.partition("## Where the time of training went\n\n")[2].split("\n\n")[0].splitlines()
+    assert table == [
+        "| part | distill |", "| --- | ---: |", "| student forward | 25.0% |", "| backward | 50.0% |",
+        "| data | 12.5% |", "| rest | 12.5% |",
+    ]  # fmt: skip
+    assert "- peak process memory: 0.75 GiB\n" in markdown
+    assert "- distill: tokens per second: 3200\n" in markdown
+    html = (finished.directory / "report.html").read_text()
+    assert '<td class="text">student forward</td><td>25.0%</td>' in html
+
+
+def test_time_shares_are_weighted_by_the_time_between_log_lines() -> None:
+    curves = {
+        "distill": {
+            "samples_per_second": {10: 100.0, 20: 25.0},  # the second line took four times as long
+            "student_forward_time_share": {10: 0.5, 20: 0.25},
+            "auxiliary_forward_time_share": {20: 0.5},
+        },
+        "teacher": {"network_loss": {10: 1.0}},
+    }
+    assert time_shares(curves) == {
+        "distill": {
+            "student forward": pytest.approx(0.3), "auxiliary forward": pytest.approx(0.4), "rest": pytest.approx(0.3)
+        }
+    }  # fmt: skip
 
 
 def test_resumed_stage_does_not_count_the_steps_of_the_earlier_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from dmmd_core.optim import learning_rate
 from dmmd_core.pipeline import Run
 from dmmd_core.recipe import OptimizerSection, load_recipe
 from dmmd_core.resolve import resolve
+from dmmd_core.usage import StepTimes, peak_memory
 
 
 def test_the_frozen_teacher_is_in_evaluation_mode_without_gradients(tmp_path: Path) -> None:
@@ -71,6 +73,104 @@ def test_a_log_line_tells_throughput_and_the_wait_for_data(tmp_path: Path) -> No
         assert metrics["samples_per_second"] > 0
         assert 0 < metrics["data_time_share"] < 1
     assert "samples_per_second" not in results, "results are the same in every run"
+
+
+def test_a_log_line_tells_where_the_time_of_its_steps_went(tmp_path: Path) -> None:
+    run, trainer = make_trainer(tmp_path, steps=4, log_every=2)
+    told: list[dict[str, float]] = []
+    run.after_step = lambda step, metrics: told.append(dict(metrics))  # type: ignore[method-assign]
+    trainer.train()
+    parts = {"student_forward", "teacher_forward", "auxiliary_forward", "loss", "backward", "optimizer", "data"}
+    for metrics in told:
+        shares = {name.removesuffix("_time_share"): v for name, v in metrics.items() if name.endswith("_time_share")}
+        assert shares.keys() == parts
+        assert all(0 < share < 1 for share in shares.values())
+        assert 0.5 < sum(shares.values()) <= 1.001
+        assert 0.01 < metrics["peak_process_memory_gib"] < 1000
+    modules = [*(player.module for player in trainer.players.values()), *trainer.objective.frozen().values()]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules), "hooks are taken back"
+
+
+class Watch:
+    """A clock that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("dmmd_core.usage.time.perf_counter", lambda: self.now)
+
+
+def test_a_part_within_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, times = Watch(monkeypatch), StepTimes(torch.device("cpu"))
+
+    class Slow(nn.Module):
+        def forward(self) -> None:
+            watch.now += 3
+
+    slow = Slow()
+    assert times.shares() == {}
+    with times.following({"forward": slow}):
+        with times.part("before the start"):
+            watch.now += 100
+        times.start()
+        with times.part("loss"):
+            watch.now += 1
+            slow()
+            copy.deepcopy(slow)()  # takes the hooks along
+            watch.now += 2
+        watch.now += 1  # the rest
+        assert times.shares() == {"loss": pytest.approx(0.3), "forward": pytest.approx(0.6)}
+        assert times.shares() == {}, "to be started anew"
+    times.start()
+    slow()
+    with times.part("loss"):
+        watch.now += 1
+    assert times.shares() == {"loss": pytest.approx(0.25)}
+
+
+def test_an_error_within_a_forward_pass_leaves_no_part_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, times = Watch(monkeypatch), StepTimes(torch.device("cpu"))
+
+    class Broken(nn.Module):
+        def forward(self) -> None:
+            raise RuntimeError
+
+    broken = Broken()
+    times.start()
+    with pytest.raises(RuntimeError), times.following({"forward": broken}), times.part("loss"):
+        broken()
+    watch.now += 3
+    with times.part("data"):
+        watch.now += 1
+    assert times.shares() == {"loss": 0.0, "forward": 0.0, "data": pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize(("log_every", "steps", "measured"), [(50, 100, 16), (2, 6, 6), (30, 40, 16)])
+def test_on_cuda_only_the_steps_before_a_log_line_are_measured(
+    log_every: int, steps: int, measured: int, tmp_path: Path
+) -> None:
+    _, trainer = make_trainer(tmp_path, steps=steps, log_every=log_every)
+    found = 0
+    for trainer.step in range(steps):
+        found += trainer._steps_to_log() <= 8
+    assert found == measured
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_shares_and_memory_are_those_of_the_cuda_device() -> None:
+    device = torch.device("cuda")
+    times = StepTimes(device)
+    matrix = torch.randn(2048, 2048, device=device)
+    matrix @ matrix
+    times.start()
+    with times.part("small"):
+        matrix @ matrix
+    with times.part("large"):
+        for _ in range(50):
+            matrix @ matrix
+    shares = times.shares()
+    assert shares["large"] > 5 * shares["small"] > 0
+    assert peak_memory(device)["peak_cuda_memory_gib"] >= 2048**2 * 4 / 2**30
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dmmd_core.interfaces.image_source import ImageSource, Picture
 from dmmd_core.interfaces.language_model import LanguageModel
 from dmmd_core.interfaces.metric import Features, Metric, Subject, Value
 from dmmd_core.interfaces.objective import Losses, Objective, Player
+from dmmd_core.interfaces.observer import Observer
 from dmmd_core.interfaces.process import Process, per_position
 from dmmd_core.interfaces.sampler import Sampler, Samples
 from dmmd_core.interfaces.schedule import Schedule
@@ -27,7 +28,7 @@ INTERFACES: dict[str, type[Component]] = {
     cls.kind: cls
     for cls in (
         Process, Schedule, Backbone, Generator, Objective, Teacher, Data, Codec, Sampler, Metric, Features,
-        LanguageModel, ImageSource,
+        LanguageModel, ImageSource, Observer,
     )
 }  # fmt: skip
 
@@ -55,6 +56,7 @@ __all__ = [
     "NetworkDenoiser",
     "NetworkPrediction",
     "Objective",
+    "Observer",
     "Picture",
     "Player",
     "Prediction",

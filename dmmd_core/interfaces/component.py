@@ -24,6 +24,7 @@ KINDS: tuple[str, ...] = (
     "metric",
     "features",
     "language_model",
+    "observer",
 )
 
 

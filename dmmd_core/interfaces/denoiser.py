@@ -42,6 +42,19 @@ class Condition:
     context: object | None = None
     clean: Tensor | None = None
 
+    def select(self, rows: Tensor) -> Condition:
+        """The condition of some of the samples, ``[rows]``.
+
+        Raises:
+            UnsupportedError: There is a context, whose samples only its denoiser can tell apart.
+        """
+        if self.context is not None:
+            raise UnsupportedError("a context of finished blocks cannot be cut into samples; select before encoding")
+        label, fixed, values, clean = (
+            None if part is None else part[rows] for part in (self.label, self.fixed, self.values, self.clean)
+        )
+        return Condition(label=label, fixed=fixed, values=values, clean=clean)
+
 
 def network_times(t: Tensor, condition: Condition) -> Tensor:
     """Times that a network is shown: a fixed position takes the latest time of its sample.

@@ -7,6 +7,8 @@ distribution ``pi`` alone; a process states ``pi`` and, where it has one, its ow
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -87,7 +89,7 @@ class Process(Component, ABC):
 
     def prior_sample(self, length: int, draws: Draws) -> Tensor:
         """Draw z_1 ~ pi at every position, int64 ``[batch, length]``."""
-        return self._from_prior(draws.uniform("prior", (length,)))
+        return self._draw_prior(draws, "prior", (length,))
 
     def corrupt(self, x: Tensor, t: Tensor, draws: Draws) -> Tensor:
         """Draw z_t ~ Cat(alpha_t x + (1 - alpha_t) pi).
@@ -101,7 +103,7 @@ class Process(Component, ABC):
             int64 ``[batch, length]``.
         """
         kept = draws.uniform("corrupt", x.shape[1:]) < self.alpha(per_position(t, x))
-        noise = self._from_prior(draws.uniform("corrupt_value", x.shape[1:]))
+        noise = self._draw_prior(draws, "corrupt_value", x.shape[1:])
         return torch.where(kept, x, noise)
 
     def rows_to_draw(self, z_t: Tensor, s: Tensor, t: Tensor, draws: Draws) -> Tensor:
@@ -135,7 +137,7 @@ class Process(Component, ABC):
         both, from_x, stay, fresh = self._posterior_weights(prior, z_t, s, t)
         both = both * (x == z_t)
         point = draws.uniform("posterior", z_t.shape[1:]) * (both + from_x + stay + fresh)
-        noise = self._from_prior(draws.uniform("posterior_value", z_t.shape[1:]))
+        noise = self._draw_prior(draws, "posterior_value", z_t.shape[1:])
         moved = torch.where(point < from_x, x, torch.where(point < from_x + stay + both, z_t, noise))
         return torch.where(self.known(z_t, t), z_t, moved)
 
@@ -263,11 +265,19 @@ class Process(Component, ABC):
             self._prior = self._prior.to(z.device)
         return self._prior[z]
 
-    def _from_prior(self, uniform: Tensor) -> Tensor:
+    @cached_property
+    def _atoms(self) -> list[int]:
+        """Input ids of some prior mass."""
+        return [token for token, mass in enumerate(self._prior.tolist()) if mass > 0]
+
+    def _draw_prior(self, draws: Draws, stream: str, shape: Sequence[int]) -> Tensor:
+        """Draw from pi, int64 ``[batch, *shape]``; where pi is one token there is nothing to draw."""
+        if len(self._atoms) == 1:
+            return torch.full((draws.batch, *shape), self._atoms[0], device=draws.device)
+        uniform = draws.uniform(stream, shape)
         if self._prior_cdf.device != uniform.device:
             self._prior_cdf = self._prior_cdf.to(uniform.device)
-        last = int(self._prior.nonzero()[-1])
-        return torch.searchsorted(self._prior_cdf, uniform, right=True).clamp_(max=last)
+        return torch.searchsorted(self._prior_cdf, uniform, right=True).clamp_(max=self._atoms[-1])
 
     def _posterior_weights(
         self, prior: Tensor, z_t: Tensor, s: Tensor, t: Tensor

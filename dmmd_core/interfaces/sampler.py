@@ -54,7 +54,7 @@ class Sampler(Component, ABC):
         Args:
             denoiser: Teacher or student, on the device of `draws`.
             draws: One sample per index; its `step` is replaced by the sampler's own.
-            num_steps: Number of network calls, at least 1; with blocks, for each of them.
+            num_steps: Number of steps, at least 1; with blocks, for each of them. Each is at most one network call.
             condition: Labels, fixed positions, and the context of a block.
             last_step: Also return the last step's log-probabilities.
             length: Tokens to draw; by default those of the data.

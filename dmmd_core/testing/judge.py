@@ -12,6 +12,7 @@ from dmmd_core.testing import data as data_clauses
 from dmmd_core.testing import generator as generators
 from dmmd_core.testing import metric as metrics
 from dmmd_core.testing import objective as objectives
+from dmmd_core.testing import observer as observers
 from dmmd_core.testing import process as processes
 from dmmd_core.testing import sampler as samplers
 from dmmd_core.testing import schedule as schedules
@@ -28,6 +29,7 @@ _KITS: dict[str, tuple[type[Case], Sequence[Clause]]] = {
     "data": (data_clauses.DataCase, data_clauses.CLAUSES),
     "sampler": (samplers.SamplerCase, samplers.CLAUSES),
     "metric": (metrics.MetricCase, metrics.CLAUSES),
+    "observer": (observers.ObserverCase, observers.CLAUSES),
 }
 
 
@@ -128,6 +130,7 @@ check_objective = _checker("objective", "an objective")
 check_data = _checker("data", "data")
 check_sampler = _checker("sampler", "a sampler")
 check_metric = _checker("metric", "a metric")
+check_observer = _checker("observer", "an observer")
 
 
 def clauses_of(kind: str) -> Sequence[Clause]:

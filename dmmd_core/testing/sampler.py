@@ -82,7 +82,7 @@ def tokens(case: SamplerCase) -> None:
 
 @clause("calls", remedy="ask the denoiser once a step")
 def calls(case: SamplerCase) -> None:
-    """It asks the denoiser once a step (and block), at times that fall from 1."""
+    """It asks the denoiser once a step (and block) for a batch, at times that fall from 1."""
     for num_steps in (1, 4):
         teacher = case.teacher()
         case.sample(teacher, num_steps=num_steps)
@@ -121,14 +121,20 @@ def fixed(case: SamplerCase) -> None:
     expect(t.ndim == 2 and bool((t[:, 1] == 0).all()), "the denoiser is not told t = 0 at the given tokens")
 
 
-@clause("condition", remedy="hand the condition's label on with every call")
+@clause("condition", remedy="hand the condition's label on with every call, those of the samples that it shows")
 def condition(case: SamplerCase) -> None:
-    """Labels reach the denoiser in every call."""
+    """Labels reach the denoiser in every call, each beside its own sample."""
     teacher = case.teacher()
     label = torch.arange(_BATCH) % 2
-    case.sample(teacher, condition=Condition(label=label))
-    told = [call.label for _, _, call in teacher.calls]
-    expect(all(one is not None and torch.equal(one, label) for one in told), "a call was made without the labels")
+    # Every sample, or block of it, begins with its label.
+    given = torch.zeros(_BATCH, case.world.spec.length, dtype=torch.bool)
+    given[:, :: case.size or case.world.spec.length] = True
+    values = label.unsqueeze(-1).expand_as(given)
+    case.sample(teacher, condition=Condition(label=label, fixed=given, values=values))
+    for z, _, call in teacher.calls:
+        if call.label is None:
+            raise Breach("a call was made without the labels")
+        expect(torch.equal(call.label, z[:, 0]), "a call was made with labels of other samples")
 
 
 @clause("latent", remedy="draw_latent anew for every call, from the Draws at that step")
@@ -140,7 +146,9 @@ def latent(case: SamplerCase) -> None:
     case.sample(student, num_steps=3)
     drawn = [one for one in student.latents if one is not None]
     expect(len(drawn) == 3, f"{len(drawn)} of 3 calls were given a latent")
-    expect(not torch.equal(drawn[0], drawn[1]), "two calls were given one latent")
+    first, second = (one.flatten(1) for one in drawn[:2])
+    alike = (first.unsqueeze(1) == second).all(-1)  # a call may leave samples out
+    expect(not bool(alike.any()), "two calls were given one latent")
 
 
 @clause("one_position", remedy="draw x from the prediction and z_s from the posterior, tails included")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmmd_core import CheckpointError, Data, Draws, Features, Requirement, option
+from dmmd_core import CheckpointError, Data, Draws, Features, Requirement, option, show_progress
 from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
 
 
@@ -120,7 +120,7 @@ class SmallClassifier(Features):
 
     def _fit(self, network: nn.Sequential, images: Tensor, labels: Tensor) -> None:
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-        for step in range(self.config.steps):
+        for step in show_progress(range(self.config.steps), "classifier of the metrics", total=self.config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * (1 - step / self.config.steps)
             draws = Draws.for_range(self.config.seed, step, 0, self.config.batch_size)

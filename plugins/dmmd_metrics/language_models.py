@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmmd_core import CheckpointError, Codec, Data, FieldError, LanguageModel, RunError, hub_problem, option
+from dmmd_core import (
+    CheckpointError,
+    Codec,
+    Data,
+    FieldError,
+    LanguageModel,
+    RunError,
+    hub_problem,
+    option,
+    show_progress,
+)
 from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
 
 
@@ -137,8 +147,6 @@ class Trained(LanguageModel):
         return f"causal transformer {config.width}x{config.depth}, {config.steps} steps on train, float32"
 
     def _train(self) -> None:
-        from tqdm.auto import tqdm
-
         config, size = self.config, self.data.size("train")
         optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
@@ -150,7 +158,7 @@ class Trained(LanguageModel):
         )
         generator = torch.Generator().manual_seed(config.seed)
         self.module.train().requires_grad_(True)
-        for _ in tqdm(range(config.steps), desc="reference language model", mininterval=1.0, leave=False, disable=None):
+        for _ in show_progress(range(config.steps), "reference language model", total=config.steps):
             rows = torch.randint(size, (config.batch_size,), generator=generator)
             losses, counts = self.losses(self.data.take("train", rows).tokens)
             optimizer.zero_grad(set_to_none=True)

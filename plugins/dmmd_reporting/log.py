@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from dmmd_core import RunError
 
 if TYPE_CHECKING:
     from dmmd_core import Run
+
+_SHARE = "_time_share"
 
 
 class Log:
@@ -98,6 +100,29 @@ def loss_curves(path: Path) -> dict[str, dict[str, dict[int, float]]]:
         for name, value in values.items():
             curves.setdefault(stage, {}).setdefault(name, {})[step] = value
     return curves
+
+
+def time_shares(curves: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, dict[str, float]]:
+    """Where the time of every training stage went: part to share, the rest last, with a sum of 1.
+
+    Args:
+        curves: What `loss_curves` collected.
+    """
+    found = {}
+    for stage, metrics in curves.items():
+        seconds: dict[int, float] = {}  # by step of the log line, but for the batch size
+        before = 0
+        for step, speed in sorted(metrics.get("samples_per_second", {}).items()):
+            seconds[step], before = (step - before) / max(speed, 1e-9), step
+        parts = {}
+        for name, curve in metrics.items():
+            if name.endswith(_SHARE):
+                # A part that a line does not name had no time in it.
+                spent = sum(seconds.get(step, 0.0) * share for step, share in curve.items())
+                parts[name.removesuffix(_SHARE).replace("_", " ")] = spent / max(sum(seconds.values()), 1e-9)
+        if parts:
+            found[stage] = {**parts, "rest": max(0.0, 1.0 - sum(parts.values()))}
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -7,14 +7,15 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dmmd_core import is_circumstance
 from dmmd_core.checkpoint import write_text
-from dmmd_reporting.log import loss_curves
+from dmmd_reporting.log import loss_curves, time_shares
 from dmmd_reporting.pictures import draw_exhibits
 from dmmd_reporting.plots import plot_quality, plot_training
 from dmmd_reporting.summary import format_value, summarize
@@ -22,8 +23,8 @@ from dmmd_reporting.summary import format_value, summarize
 if TYPE_CHECKING:
     from dmmd_core import Run
 
+Curves = Mapping[str, Mapping[str, Mapping[int, float]]]
 _PROVENANCE = ("num_samples", "reference", "sampler", "dtype", "ema", "seed")
-_NOT_DRAWN = {"learning_rate", "samples_per_second", "tokens_per_second", "data_time_share"}
 
 
 def write_report(run: Run) -> None:
@@ -32,18 +33,21 @@ def write_report(run: Run) -> None:
     summary = summarize(results)
     versions = json.loads((run.directory / "plugins.json").read_text(encoding="utf-8"))
     timing = run.metrics["timing"]
+    curves = loss_curves(run.directory / "log.jsonl")
     context = {
         "name": run.plan.recipe.name,
         "summary": summary,
         "student_steps": run.plan.recipe.distill.num_steps,
         "quality": _quality_plots(run),
-        "training": _training_plots(run),
+        "training": _training_plots(run, curves),
         "exhibits": draw_exhibits(run),
         "figures": [_figure(row) for row in results],
         "provenance": [name.replace("_", " ").replace("num ", "") for name in _PROVENANCE],
         "facts": {name.replace("_", " "): _fact(value) for name, value in run.metrics["facts"].items()},
         "timing": {name: seconds for name, seconds in timing.items() if not isinstance(seconds, dict)},
         "sampling": {_sampled(name): seconds for name, seconds in timing.get("sampling", {}).items()},
+        "shares": _shares(time_shares(curves)),
+        "usage": _usage(curves),
         "machine": _machine(run),
         "references": sorted({row["reference"] for row in results if row["reference"]}),
         "recipe": (run.directory / "recipe.yaml").read_text(encoding="utf-8").rstrip(),
@@ -64,16 +68,35 @@ def _quality_plots(run: Run) -> dict[str, str]:
     return drawn
 
 
-def _training_plots(run: Run) -> dict[str, str]:
+def _training_plots(run: Run, curves_by_stage: Curves) -> dict[str, str]:
     """Draw every training metric of every stage; returns description to path within the run directory."""
     drawn = {}
-    for stage, curves in loss_curves(run.directory / "log.jsonl").items():
+    for stage, curves in curves_by_stage.items():
         for metric, curve in curves.items():
             title = f"{stage}: {metric.replace('_', ' ')}"
             path = f"plots/training_{_file_name(stage)}_{_file_name(metric)}.png"
-            if metric not in _NOT_DRAWN and plot_training(curve, title, _ready(run.directory / path)):
+            if not is_circumstance(metric) and plot_training(curve, title, _ready(run.directory / path)):
                 drawn[title] = path
     return drawn
+
+
+def _shares(shares: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Table of where the time went: a head, then a row a part; a column a stage."""
+    parts = sorted(dict.fromkeys(part for found in shares.values() for part in found), key=lambda part: part == "rest")
+    rows = [[part, *(f"{found[part]:.1%}" if part in found else "" for found in shares.values())] for part in parts]
+    return [["part", *shares], *rows] if rows else []
+
+
+def _usage(curves: Curves) -> dict[str, str]:
+    """Throughput of every stage at its last log line, and the most memory that was used."""
+    told = {}
+    for stage, metrics in curves.items():
+        for name, curve in metrics.items():
+            if name.endswith("_per_second"):
+                told[f"{stage}: {name.replace('_', ' ')}"] = f"{curve[max(curve)]:.4g}"
+            elif name.endswith("_gib"):
+                told[name.replace("_gib", "").replace("_", " ")] = f"{curve[max(curve)]:.3g} GiB"
+    return told
 
 
 def _figure(row: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from dmmd_core import in_notebook
+from dmmd_core import in_notebook, is_circumstance
 from dmmd_reporting.rate import Rate, clock, rate_text
 from dmmd_reporting.summary import Summary, summarize
 
@@ -76,7 +76,8 @@ class Terminal:
             self._open(run, step)
         self._rate.report(step, now)
         last = step == run.stage_steps
-        text = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:_METRICS_SHOWN])
+        learned = [(name, value) for name, value in metrics.items() if not is_circumstance(name)]
+        text = "  ".join(f"{name} {value:.4g}" for name, value in learned[:_METRICS_SHOWN])
         speed, left = rate_text(self._rate.per_second), clock(self._rate.remaining_s)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, speed=f"{speed}  ETA {left}", metrics=text)

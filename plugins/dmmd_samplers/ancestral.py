@@ -14,6 +14,7 @@ from dmmd_core import (
     Condition,
     Denoiser,
     Draws,
+    Prediction,
     Requirement,
     Samples,
     UnsupportedError,
@@ -25,7 +26,13 @@ _MAX_STATES = 20_000
 
 
 class Ancestral(ShapedSampler):
-    """One network call a step; logits are made only for the rows that are about to be drawn."""
+    """At most one network call a step; logits are made only for the rows that are about to be drawn.
+
+    Which rows these are is known before the network is asked: a sample of which nothing is drawn in a step is left out
+    of the call, exactly and whatever the network, for its tokens do not change. With the masked process and more steps
+    than tokens that is most of them (the cache of Sahoo et al., arXiv:2406.07524, needs a network without time and a
+    whole batch without change).
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ShapedConfig):
@@ -64,18 +71,58 @@ class Ancestral(ShapedSampler):
             now = draws.at_step(step)
             z = fix_tokens(z, condition)
             t, s = (times_of(1 - number / num_steps, z, condition) for number in (step, step + 1))
-            prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
-            to_draw = self.process.rows_to_draw(z, s, t, now)
             if last_step and step == num_steps - 1:
+                to_draw = self.process.rows_to_draw(z, s, t, now)
+                prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
                 last = self._last_log_probs(prediction, z, to_draw)
-            index = to_draw.flatten().nonzero().squeeze(-1)
-            uniform = now.uniform("x", z.shape[1:]).flatten()
-            x = z.clamp(max=self.process.vocab_size - 1).flatten()
-            for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
-                x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
-                del log_probs
-            z = self.process.posterior_sample(x.view_as(z), z, s, t, now)
+                z = self._next(z, self._draw(prediction, z, to_draw, now), s, t, now)
+            else:
+                z = self.step(denoiser, z, s, t, now, condition)
         return Samples(z, last)
+
+    @torch.no_grad()
+    def step(
+        self, denoiser: Denoiser, z: Tensor, s: Tensor, t: Tensor, draws: Draws, condition: Condition
+    ) -> Tensor:
+        """One step of `sample`, from z_t to z_s.
+
+        Args:
+            denoiser: Teacher or student, `prepared`.
+            z: Noisy tokens at t, int64 ``[batch, length]``.
+            s: Target times, ``[batch]`` or ``[batch, length]``.
+            t: Times of `z`.
+            draws: Source of noise, at a step of its own.
+            condition: As for `sample`.
+
+        Returns:
+            int64 ``[batch, length]``.
+        """
+        to_draw = self.process.rows_to_draw(z, s, t, draws)
+        busy = to_draw.any(-1)
+        x, length = z, z.shape[1]
+        if bool(busy.any()):
+            if condition.context is not None or bool(busy.all()):
+                prediction = denoiser(z, t, condition, denoiser.draw_latent(draws, length))
+                x = self._draw(prediction, z, to_draw, draws)
+            else:
+                asked = busy.nonzero().squeeze(-1)
+                some = draws.select(asked)
+                prediction = denoiser(z[asked], t[asked], condition.select(asked), denoiser.draw_latent(some, length))
+                x = z.index_copy(0, asked, self._draw(prediction, z[asked], to_draw[asked], some))
+        return self._next(z, x, s, t, draws)
+
+    def _draw(self, prediction: Prediction, z: Tensor, to_draw: Tensor, draws: Draws) -> Tensor:
+        """Draw ``x ~ Cat(p)`` at the positions `to_draw`, ``[batch, length]``; elsewhere it is `z`."""
+        index = to_draw.flatten().nonzero().squeeze(-1)
+        uniform = draws.uniform("x", z.shape[1:]).flatten()
+        x = z.flatten().clone()
+        for rows, log_probs in prediction.chunks(index, self.chunk_rows):
+            x[rows] = categorical_from_uniform(self.config.shape(log_probs).exp(), uniform[rows])
+            del log_probs
+        return x.view_as(z)
+
+    def _next(self, z: Tensor, x: Tensor, s: Tensor, t: Tensor, draws: Draws) -> Tensor:
+        return self.process.posterior_sample(x.clamp(max=self.process.vocab_size - 1), z, s, t, draws)
 
     @torch.no_grad()
     def distribution(

@@ -86,7 +86,7 @@ class Confidence(ShapedSampler):
             uniform = now.uniform("x", z.shape[1:]).flatten()
             x = z.flatten().clone()
             sureness = torch.full(x.shape, math.inf, dtype=torch.float64, device=x.device)
-            for rows, log_probs in prediction.chunks(index, self.config.chunk_rows or max(1, index.numel())):
+            for rows, log_probs in prediction.chunks(index, self.chunk_rows):
                 shaped = self.config.shape(log_probs)
                 x[rows] = categorical_from_uniform(shaped.exp(), uniform[rows])
                 sureness[rows] = shaped.gather(-1, x[rows].unsqueeze(-1)).squeeze(-1).double()

@@ -20,12 +20,16 @@ from dmmd_core import (
     shape_log_probs,
 )
 
+_LOGITS_ALIVE = 2**27
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShapedConfig:
     """Guidance, temperature and top-p, in this order; and how many logits are alive at a time."""
 
-    chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
+    chunk_rows: int = option(
+        0, help="rows of logits alive at a time; 0 for as many as make 2^27 logits (half a GiB in float32)", minimum=0
+    )
     guidance: float = option(1.0, help="classifier-free guidance of a teacher's predictions; 1 is none", minimum=0)
     temperature: float = option(1.0, help="temperature of every prediction", above=0)
     top_p: float = option(1.0, help="nucleus of every prediction", above=0, maximum=1)
@@ -69,6 +73,11 @@ class ShapedSampler(Sampler):
     def prepared(self, denoiser: Denoiser) -> Denoiser:
         """See `Sampler.prepared`."""
         return guided(denoiser, self.config.guidance, self.num_classes)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of logits alive at a time, at least 1."""
+        return self.config.chunk_rows or max(1, _LOGITS_ALIVE // self.process.vocab_size)
 
     def _last_log_probs(self, prediction: Prediction, z: Tensor, drawn: Tensor) -> Tensor:
         """Shaped log-probabilities ``[batch, length, vocab]`` where a token is `drawn`; elsewhere `z` is certain."""

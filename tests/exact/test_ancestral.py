@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from dmmd_core import (
 )
 from dmmd_data.enumerable import MarkovChain, TiedCoins
 from dmmd_metrics.product_bound import best_product
+from dmmd_processes.masked import Masked
 from dmmd_samplers.ancestral import Ancestral
 from dmmd_teachers.exact import Exact
 
@@ -133,33 +136,46 @@ def test_chunked_logits_change_nothing() -> None:
     assert torch.equal(first, second)
 
 
-class _Asked(Prediction):
-    """A prediction that notes which rows it is asked for."""
+def test_without_a_number_of_rows_a_budget_of_logits_is_kept() -> None:
+    for vocab_size, rows in ((3, 2**27 // 3), (50_257, 2670)):
+        process = make_process("masked", vocab_size)
+        sampler = Ancestral(Ancestral.Config(), process=process, length=4)
+        assert sampler.chunk_rows == rows
+    assert Ancestral(Ancestral.Config(chunk_rows=7), process=process, length=4).chunk_rows == 7
 
-    def __init__(self, inner: Prediction, asked: list[Tensor]) -> None:
+
+class _Asked(Prediction):
+    """A prediction that notes which rows of the whole batch it is asked for."""
+
+    def __init__(self, inner: Prediction, samples: Tensor, length: int, asked: list[Tensor]) -> None:
         self._inner = inner
-        self._asked = asked
+        self._samples, self._length, self._asked = samples, length, asked
         self.num_rows, self.vocab_size = inner.num_rows, inner.vocab_size
 
     def log_probs(self, rows: Tensor | None = None) -> Tensor:
         assert rows is not None, "all rows were asked for"
-        self._asked.append(rows)
+        self._asked.append(self._samples[rows // self._length] * self._length + rows % self._length)
         return self._inner.log_probs(rows)
 
 
 class _Asking(Denoiser):
-    """A denoiser that notes every step's rows."""
+    """A denoiser that notes every step's rows and samples; labels tell it the samples."""
 
     def __init__(self, inner: Denoiser) -> None:
         super().__init__()
         self.inner = inner
         self.steps: list[list[Tensor]] = []
+        self.shown: list[Tensor] = []
 
     def forward(
         self, z_t: Tensor, t: Tensor, condition: Condition | None = None, latent: Tensor | None = None
     ) -> Prediction:
+        assert condition is not None
+        assert condition.label is not None
         self.steps.append([])
-        return _Asked(self.inner(z_t, t, condition), self.steps[-1])
+        self.shown.append(condition.label)
+        prediction = self.inner(z_t, t, dataclasses.replace(condition, label=None))
+        return _Asked(prediction, condition.label, z_t.shape[1], self.steps[-1])
 
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
@@ -170,7 +186,7 @@ def test_logits_are_made_only_for_rows_about_to_be_drawn(name: str, chunk: int) 
     denoiser = _Asking(teacher)
     sampler = Ancestral(Ancestral.Config(chunk_rows=chunk, top_p=0.9), process=make_process(name, 3), length=4)
     fixed = torch.zeros(20, 4, dtype=torch.bool).index_fill_(1, torch.tensor([2]), True)
-    condition = Condition(fixed=fixed, values=torch.ones(20, 4, dtype=torch.int64))
+    condition = Condition(label=torch.arange(20), fixed=fixed, values=torch.ones(20, 4, dtype=torch.int64))
     sampler.sample(denoiser, Draws.for_range(0, 0, 0, 20), num_steps=5, condition=condition)
     free = (~fixed).flatten().nonzero().squeeze(-1).tolist()
     asked = [torch.cat(parts).tolist() if parts else [] for parts in denoiser.steps]
@@ -181,6 +197,31 @@ def test_logits_are_made_only_for_rows_about_to_be_drawn(name: str, chunk: int) 
     else:
         assert asked == [free] * 5
     assert max(len(part) for parts in denoiser.steps for part in parts) <= (chunk or len(free))
+
+
+class _AllRows(Masked):
+    """The masked process, which cannot tell what its draws will look at."""
+
+    def rows_to_draw(self, z_t: Tensor, s: Tensor, t: Tensor, draws: Draws) -> Tensor:
+        return ~self.known(z_t, t)
+
+
+def test_a_sample_of_which_nothing_is_drawn_is_not_shown_to_the_network() -> None:
+    data = MarkovChain(MarkovChain.Config(letters=3, length=4), codec=CODEC)
+    sampler, teacher = _setup("masked", data)
+    denoiser, draws = _Asking(teacher), Draws.for_range(0, 0, 0, 50)
+    condition = Condition(label=torch.arange(50))
+    found = sampler.sample(denoiser, draws, num_steps=64, condition=condition).tokens
+    for samples, parts in zip(denoiser.shown, denoiser.steps, strict=True):
+        drawn = torch.cat(parts) // 4
+        assert samples.tolist() == drawn.unique().tolist()
+    shown = sum(map(len, denoiser.shown))
+    assert 50 <= shown <= 50 * 4, "at most one call for every token"
+    ignorant = _AllRows(Masked.Config(), vocab_size=3, schedule=sampler.process.schedule)
+    asking = Ancestral(Ancestral.Config(), process=ignorant, length=4)
+    everything = _Asking(teacher)
+    assert torch.equal(asking.sample(everything, draws, num_steps=64, condition=condition).tokens, found)
+    assert sum(map(len, everything.shown)) > 3 * shown
 
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])

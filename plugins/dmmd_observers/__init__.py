@@ -1,0 +1,1 @@
+"""Observers that a recipe switches on: TensorBoard, Weights & Biases."""
