@@ -303,6 +303,7 @@ def marks_of(folder: Path) -> dict[str, Any]:
     """Everything of a finished run that must be the same bit for bit, by name."""
     from safetensors.torch import load_file
 
+    from dmmd_core.usage import is_circumstance
     from dmmd_reporting.log import loss_curves
 
     run = folder / "run"
@@ -321,7 +322,7 @@ def marks_of(folder: Path) -> dict[str, Any]:
         marks[f"samples {path.parent.name}"] = {name: tensor.tolist() for name, tensor in tensors.items()}
     marks["stages"] = {name: stage["results"] for name, stage in stages.items()}
     marks["curves"] = {
-        stage: {name: curve for name, curve in curves.items() if name not in _NOT_COMPARED}
+        stage: {name: curve for name, curve in curves.items() if not is_circumstance(name)}
         for stage, curves in loss_curves(run / "log.jsonl").items()
     }
     for name in ("report.md", "report.html"):
@@ -330,7 +331,6 @@ def marks_of(folder: Path) -> dict[str, Any]:
     return marks
 
 
-_NOT_COMPARED = {"samples_per_second", "tokens_per_second", "data_time_share"}
 
 
 def _digest(path: Path) -> str:
@@ -546,7 +546,7 @@ class Campaign:
             wanted = {"distill": "run/checkpoints/distill/.incomplete-step_000000009", "evaluate": "run/metrics.json"}
             writes = [place for place, path in enumerate(whole.writes) if path.startswith(wanted[state])]
             writes = writes or [place for place, path in enumerate(whole.writes) if "metrics.json" in path]
-            last = [place for place, path in enumerate(whole.writes) if path.startswith("run/samples/student_2")]
+            last = [place for place, path in enumerate(whole.writes) if path.startswith("run/samples/.incomplete-student_2")]
             ended = in_a_process(folder, ["recipe.yaml"], kill_at_write=writes[0] if state == "distill" else last[0])
             if ended.code != -signal.SIGKILL:
                 raise SystemExit(f"the run {name} could not be stopped in {state}:\n{ended.stderr}")
