@@ -51,7 +51,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120.0
 _ATTEMPTS = 6
-COUNTS = {"kill": 50, "damage": 40, "disk": 12, "numbers": 0}  # numbers: every case once
+COUNTS = {"kill": 50, "damage": 40, "disk": 12, "numbers": 1000}  # numbers: every case once
 QUICK = {"kill": 2, "damage": 4, "disk": 1, "numbers": 2}
 STAGES = ("data", "teacher", "distill", "evaluate")
 REMEDIES = re.compile(
@@ -546,7 +546,8 @@ class Campaign:
             wanted = {"distill": "run/checkpoints/distill/.incomplete-step_000000009", "evaluate": "run/metrics.json"}
             writes = [place for place, path in enumerate(whole.writes) if path.startswith(wanted[state])]
             writes = writes or [place for place, path in enumerate(whole.writes) if "metrics.json" in path]
-            last = [place for place, path in enumerate(whole.writes) if path.startswith("run/samples/.incomplete-student_2")]
+            end = "run/samples/.incomplete-student_2"
+            last = [place for place, path in enumerate(whole.writes) if path.startswith(end)]
             ended = in_a_process(folder, ["recipe.yaml"], kill_at_write=writes[0] if state == "distill" else last[0])
             if ended.code != -signal.SIGKILL:
                 raise SystemExit(f"the run {name} could not be stopped in {state}:\n{ended.stderr}")
@@ -910,7 +911,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of all chance (default: 0)")
     parser.add_argument("--quick", action="store_true", help="a handful of trials of one run, half a minute")
     for kind, count in COUNTS.items():
-        parser.add_argument(f"--{kind}", type=int, help=f"number of trials (default: {count})")
+        parser.add_argument(f"--{kind}", type=int, help=f"number of trials (default: {count if kind != 'numbers' else 'every case once'})")
     parser.add_argument("--plant", action="store_true", help="break the product itself, to see that it is noticed")
     parser.add_argument("--work", type=Path, help="folder for the runs (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="result (default: benchmarks/results/fault_campaign.json)")
