@@ -195,14 +195,14 @@ def test_mutants_are_neither_all_refused_nor_all_accepted() -> None:
 @given(st.data())
 def test_what_the_check_accepts_completes_a_smoke_run(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        for number in range(30):
+        for number in range(200):
             folder = Path(scratch) / str(number)
             folder.mkdir()
             text, overrides = data.draw(mutants(QUICK, texts=False))
             if _checked(text, overrides, folder):
                 break
         else:
-            pytest.fail("thirty recipes in a row were refused")
+            pytest.fail("two hundred recipes in a row were refused")
         arguments = [str(folder / "mutant.yaml"), "--smoke", "--quiet", *overrides, f"run.directory={folder / 'run'}"]
         code, errors = _command(arguments)
         assert code == 0, errors
