@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dmmd_core.checkpoint import checkpoints
-from dmmd_core.errors import RunError
-from dmmd_core.recipe import Recipe, differing_keys
+from dmmd_core.records import METRICS, RECIPE, STAGES, read_record, state_of
 from dmmd_core.resolve import Plan
-from dmmd_core.saved import recipe_from_plain
-from dmmd_core.schema import read_yaml
 
 State = Literal["done", "begun", "to do"]
 
@@ -42,9 +38,10 @@ def agenda(plan: Plan) -> list[Item]:
     """
     recipe = plan.recipe
     directory = Path(recipe.run.directory)
-    _refuse_other_recipe(directory / "recipe.yaml", recipe)
-    done = _read(directory / "stages.json")
-    judged = {(row["model"], row["num_steps"]) for row in _read(directory / "metrics.json").get("results", [])}
+    if (directory / RECIPE).exists():
+        state_of(directory, recipe)
+    done = read_record(directory / STAGES) or {}
+    judged = {(row["model"], row["num_steps"]) for row in (read_record(directory / METRICS) or {}).get("results", [])}
 
     def item(stage: str, work: str, steps: int = 0) -> Item:
         if stage in done:
@@ -82,22 +79,3 @@ def _evaluation(plan: Plan, item: Any, judged: set[tuple[str, int]]) -> Item:
         return Item(found.stage, found.work, "begun", f"{count} of {len(jobs)} sets judged")
     return found
 
-
-def _refuse_other_recipe(path: Path, recipe: Recipe) -> None:
-    if not path.exists():
-        return
-    content, _ = read_yaml(path)
-    keys = differing_keys(recipe_from_plain(content, str(path)), recipe)
-    if keys:
-        where = "; ".join(f"{key} ({recipe.source.where(key)})" for key in keys[:8])
-        raise RunError(f"{path.parent} holds a run of another recipe; it differs in: {where}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); remove it to redo the stages from their checkpoints") from error
-    return content

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dmmd_core.errors import Problem, RecipeError
+from dmmd_core.errors import Problem, RecipeError, RunError
 from dmmd_core.pipeline import Run
 from dmmd_core.plugins import load_plugins
 from dmmd_core.recipe import Recipe, change_recipe, load_recipe
+from dmmd_core.records import PLUGINS, read_record
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import resolve
 from dmmd_core.smoke import clear_smoke_directory, smoke_settings
@@ -102,10 +102,13 @@ def run(
 
 def _providers_gone(recipe: Recipe, registry: Registry) -> list[Problem]:
     """Who provided the components of the recipe's run directory that nobody provides any more."""
-    file = Path(recipe.run.directory) / "plugins.json"
-    if not file.exists():
+    file = Path(recipe.run.directory) / PLUGINS
+    try:
+        made = read_record(file)
+    except (RunError, OSError):
+        return []  # the recipe's own problems are told
+    if made is None:
         return []
-    made = json.loads(file.read_text(encoding="utf-8"))
     plugins = {plugin["plugin"]: plugin for plugin in made["plugins"]}
     found = []
     for component, name in sorted(made["components"].items()):

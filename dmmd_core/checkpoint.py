@@ -34,7 +34,7 @@ from dmmd_core.errors import CheckpointError, RunError
 MANIFEST = "manifest.json"
 _FREE = ("README.md",)  # a model card may be edited, here or on the hub; nothing is read from it
 _PREFIX = "step_"
-_TEMPORARY = ".incomplete-"
+TEMPORARY = ".incomplete-"
 _SHARD = "shard-"  # as torch.distributed.checkpoint names its files
 
 
@@ -61,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: The disk is full or refuses; the old content is intact.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with _told_if_it_cannot_be_written(str(path), temporary):
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -90,7 +90,7 @@ def write_directory(
     Raises:
         RunError: The disk is full or refuses; a directory that was there before is intact.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with _told_if_it_cannot_be_written(subject or str(path), temporary, remedy):
         _write_directory(path, temporary, fill)
 
@@ -114,7 +114,7 @@ def _finish(path: Path, temporary: Path) -> None:
     for file in [*files, temporary / MANIFEST, temporary]:
         _sync(file)
     if path.exists():
-        old = path.with_name(f"{_TEMPORARY}old-{path.name}")
+        old = path.with_name(f"{TEMPORARY}old-{path.name}")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
         os.replace(temporary, path)
@@ -209,7 +209,7 @@ def save_checkpoint(
     if not sharded:
         processes.from_main(lambda: write_directory(path, fill))
         return path
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
 
     def guarded(work: Callable[[], None]) -> None:
         with _told_if_it_cannot_be_written(str(path), temporary):
@@ -292,7 +292,7 @@ def prune(directory: Path, keep: int, newest: Path) -> None:
 
 def clear_incomplete(directory: Path) -> None:
     """Remove what a process left behind that ended while it wrote."""
-    for path in directory.glob(f"{_TEMPORARY}*"):
+    for path in directory.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -22,8 +22,8 @@ from dmmd_core.checkpoint import (
     load_tensors,
     load_weights,
     save_tensors,
+    verify_directory,
     write_directory,
-    write_json,
     write_text,
 )
 from dmmd_core.compilation import compile_units, compiler_problem, units_of
@@ -38,18 +38,29 @@ from dmmd_core.errors import (
     RunError,
     ToldElsewhereError,
 )
-from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Subject, Value
+from dmmd_core.interfaces import Batch, Condition, Denoiser, Metric, NetworkDenoiser, Sampler, Subject, Value
 from dmmd_core.media import readable
 from dmmd_core.precision import AutocastSampler, choose_device, choose_precision, tf32_matrix_products
 from dmmd_core.profiling import FOLDER, Profiler
-from dmmd_core.recipe import TrainSection, differing_keys
+from dmmd_core.recipe import TrainSection
+from dmmd_core.records import (
+    METRICS,
+    PLUGINS,
+    RECIPE,
+    STAGES,
+    read_record,
+    state_of,
+    sum_of_recipe,
+    write_record,
+)
 from dmmd_core.registry import Registry
 from dmmd_core.resolve import Part, Plan
-from dmmd_core.saved import Role, package_versions, read_config, recipe_from_plain, save_model, write_card
-from dmmd_core.schema import read_yaml
+from dmmd_core.saved import Role, package_versions, read_config, save_model, write_card
+from dmmd_core.soundness import CheckedSampler, check_batch, check_facts, check_values
 from dmmd_core.train import Trainer
 
 METRICS_SCHEMA = 1
+_LOOKED_AT = 16  # examples of each split, before anything is trained
 _EVALUATE = "evaluate"
 _SAMPLES_SHOWN = 64  # to observers
 
@@ -99,12 +110,19 @@ class Run:
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
         self.assembly = Assembly(plan, self.directory / "cache")
         self.samplers = {
-            "student": AutocastSampler(self.assembly.sampler, self.device, self.precision),
-            "teacher": AutocastSampler(self.assembly.teacher_sampler, self.device, self.precision),
+            "student": self._watched("student", self.assembly.sampler),
+            "teacher": self._watched("teacher", self.assembly.teacher_sampler),
         }
         self.observers = self.assembly.observers(self.directory) if self.processes.is_main else []
         self._dry_build()
         self._refuse_what_cannot_work()
+
+    def _watched(self, model: str, sampler: Sampler) -> CheckedSampler:
+        assert self.assembly.spec is not None
+        recipe = self.plan.recipe
+        slot = (model == "teacher" and recipe.evaluate.teacher_sampler) or recipe.sampler
+        inner = AutocastSampler(sampler, self.device, self.precision)
+        return CheckedSampler(inner, slot.name, model, self.assembly.spec)
 
     # ---- what observers hear --------------------------------------------------------------------------------
 
@@ -270,8 +288,8 @@ class Run:
         self.processes.from_main(lambda: self._keep_stage(stage, results))
 
     def _keep_stage(self, stage: str, results: dict[str, Any]) -> None:
-        write_json(self.directory / "metrics.json", self.metrics)
-        write_json(self.directory / "stages.json", self.stages)
+        write_record(self.directory / METRICS, self.metrics)
+        write_record(self.directory / STAGES, self.stages)
         self.registry.hooks.dmmd_after_stage(run=self, stage=stage, results=results)
         for observer in self.observers:
             observer.on_stage(stage, self.stages[stage]["seconds"])
@@ -279,7 +297,12 @@ class Run:
     def _prepare_data(self) -> dict[str, Any]:
         data = self.assembly.data
         self.processes.main_first(data.prepare)
+        for split in ("train", "test"):
+            count = min(data.size(split), _LOOKED_AT)
+            batch = data.take(split, torch.arange(count))
+            check_batch(batch, data.spec, count, f"data {self.plan.data.entry.name}, split {split}")
         facts = data.facts()
+        check_facts(facts, f"data {self.plan.data.entry.name}")
         self.metrics["facts"].update(facts)
         for name, value in facts.items():
             self.say(f"  {name.replace('_', ' ')}: {value:.4g}")
@@ -292,6 +315,8 @@ class Run:
     # ---- evaluation -----------------------------------------------------------------------------------------
 
     def _evaluate(self, teacher: Denoiser, student: Denoiser) -> None:
+        for model, steps in dict.fromkeys((row["model"], row["num_steps"]) for row in self.metrics["results"]):
+            self._verified_samples(model, steps)
         if _EVALUATE in self.stages:
             return
         section = self.plan.recipe.evaluate
@@ -309,8 +334,10 @@ class Run:
     def _judge(self, jobs: list[tuple[str, int, Denoiser | None]]) -> dict[str, Any]:
         started = time.monotonic() - self.metrics["timing"].get("evaluate", 0.0)
         metrics = self.assembly.metrics()
-        for metric in metrics:
-            self.metrics["facts"].update(self.processes.main_first(metric.prepare))
+        for part, metric in zip(self.plan.metrics, metrics, strict=True):
+            facts = self.processes.main_first(metric.prepare)
+            check_facts(facts, f"metric {part.entry.name}")
+            self.metrics["facts"].update(facts)
         done = {(row["model"], row["num_steps"]) for row in self.metrics["results"]}
         for place, (model, steps, denoiser) in enumerate(jobs, start=1):
             if (model, steps) in done:
@@ -322,7 +349,7 @@ class Run:
                 observer.on_figures(model, steps, figures)
             self.metrics["results"].extend(rows)
             self.metrics["timing"]["evaluate"] = round(time.monotonic() - started, 3)
-            self.processes.from_main(lambda: write_json(self.directory / "metrics.json", self.metrics))
+            self.processes.from_main(lambda: write_record(self.directory / METRICS, self.metrics))
             self.after_step(place, {f"{row['metric']}": row["value"] for row in rows})
         return {"seconds": time.monotonic() - started}
 
@@ -368,7 +395,9 @@ class Run:
         found: dict[int, list[dict[str, Any]]] = {}
         for place in range(self.processes.rank, len(metrics), self.processes.size):
             found[place] = []
-            for value in metrics[place].evaluate(subject):
+            values = metrics[place].evaluate(subject)
+            check_values(values, self.plan.metrics[place].entry.name, f"{model}, {steps} steps")
+            for value in values:
                 found[place].append({**shared, **asdict(value)})
                 self._stop_if_asked(alone=True)
         self._stop_if_asked()
@@ -418,7 +447,9 @@ class Run:
         size = self.assembly.data.size(split)
         num = min(self.plan.recipe.evaluate.num_samples, size)
         chosen = Draws.for_range(self.seed, 0, 0, size).uniform("yardstick").argsort(stable=True)[:num]
-        return self.assembly.data.take(split, chosen)
+        batch = self.assembly.data.take(split, chosen)
+        check_batch(batch, self.assembly.data.spec, num, f"data {self.plan.data.entry.name}, split {split}")
+        return batch
 
     def _keep_samples(self, model: str, steps: int, batch: Batch) -> None:
         folder = self.directory / "samples"
@@ -429,12 +460,27 @@ class Run:
         write_directory(folder / f"{model}_{steps}", lambda path: save_tensors(path / "samples.safetensors", tensors))
 
     def samples(self, model: str, steps: int) -> Batch | None:
-        """Samples kept by the evaluation, or None."""
-        path = self.directory / "samples" / f"{model}_{steps}" / "samples.safetensors"
-        if not path.exists():
+        """Samples kept by the evaluation, or None.
+
+        Raises:
+            CheckpointError: They are damaged; says how to have them made again.
+        """
+        folder = self._verified_samples(model, steps)
+        if folder is None:
             return None
-        tensors = load_tensors(path)
+        tensors = load_tensors(folder / "samples.safetensors")
         return Batch(tensors["tokens"], tensors.get("labels"))
+
+    def _verified_samples(self, model: str, steps: int) -> Path | None:
+        folder = self.directory / "samples" / f"{model}_{steps}"
+        if not folder.exists():
+            return None
+        try:
+            verify_directory(folder)
+        except CheckpointError as error:
+            remedy = f"remove {self.directory / METRICS}, and the same command evaluates again"
+            raise CheckpointError(f"{error}; {remedy}") from error
+        return folder
 
     def _uses_average(self, model: str) -> bool | None:
         recipe = self.plan.recipe
@@ -451,20 +497,7 @@ class Run:
     def _open_directory(self, lock: FileLock) -> tuple[dict[str, Any], dict[str, Any]]:
         """Create the run directory, or check that it belongs to this very recipe; returns stages and metrics so far."""
         directory, recipe = self.directory, self.plan.recipe
-        recipe_file = directory / "recipe.yaml"
-        if recipe_file.exists():
-            content, _ = read_yaml(recipe_file)
-            keys = differing_keys(recipe_from_plain(content, str(recipe_file)), recipe)
-            if keys:
-                where = "; ".join(f"{key} ({recipe.source.where(key)})" for key in keys[:8])
-                raise RunError(
-                    f"{directory} holds a run of another recipe; it differs in: {where}; choose another "
-                    "run.directory=..., or remove that directory"
-                )
-        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise RunError(
-                f"run.directory: {directory} exists and is no run directory; choose another run.directory=..."
-            )
+        state = state_of(directory, recipe)
         try:
             (directory / "cache").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -475,14 +508,24 @@ class Run:
             raise RunError(
                 f"run.directory: another process is working in {directory}; wait for it, or choose another directory"
             ) from error
-        if not recipe_file.exists():
-            write_text(recipe_file, yaml.safe_dump(recipe.plain(), sort_keys=False))
-            write_json(directory / "plugins.json", self._versions())
-        stages = _read_json(directory / "stages.json", self.stages)
-        return stages, _read_json(directory / "metrics.json", self.metrics)
+        if state != "kept":
+            if state == "damaged":
+                self.say(f"{directory / RECIPE} is damaged; it is written anew: the run began with the recipe given")
+            write_text(directory / RECIPE, yaml.safe_dump(recipe.plain(), sort_keys=False))
+        if read_record(directory / PLUGINS) is None:
+            write_record(directory / PLUGINS, self._versions())
+        stages = read_record(directory / STAGES) or self.stages
+        metrics = read_record(directory / METRICS)
+        if metrics is None:
+            # The figures are made again; the times of what was finished are known.
+            stages.pop("evaluate", None)
+            metrics = self.metrics
+            metrics["timing"] = {name: round(stage["seconds"], 3) for name, stage in stages.items()}
+        return stages, metrics
 
     def _versions(self) -> dict[str, Any]:
         return {
+            "recipe": sum_of_recipe(self.plan.recipe),
             "packages": package_versions(),
             "plugins": [asdict(provider) for provider in self.registry.providers],
             "components": {f"{p.entry.kind}:{p.entry.name}": p.entry.provider.plugin for p in self.plan.parts()},
@@ -540,12 +583,3 @@ def _can_hold(lock: FileLock) -> bool:
         return False
     return True
 
-
-def _read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
-    if not path.exists():
-        return default
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); remove it to redo the stages from their checkpoints") from error
-    return content

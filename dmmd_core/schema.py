@@ -202,7 +202,7 @@ def _reader(hint: Any, spec: dataclasses.Field[Any], base: DictConfig) -> Callab
             return [_read_slot(item, f"{key}[{place}]", problems) for place, item in enumerate(value)]
         if dataclasses.is_dataclass(inner):
             return read_dataclass(typing.cast("type", inner), value, key, problems, f"section {key}")
-        return _read_leaf(value, key, problems, spec, base)
+        return _read_leaf(value, key, problems, spec, base, inner)
 
     return read
 
@@ -224,15 +224,24 @@ def _read_slot(value: Any, key: str, problems: Problems) -> Slot | None:
     return Slot(name=name, params=dict(params or {}))
 
 
-def _read_leaf(value: Any, key: str, problems: Problems, spec: dataclasses.Field[Any], base: DictConfig) -> Any:
+def _read_leaf(
+    value: Any, key: str, problems: Problems, spec: dataclasses.Field[Any], base: DictConfig, hint: Any
+) -> Any:
     try:
         merged: Any = OmegaConf.merge(base, {spec.name: value})
         typed = merged[spec.name]
     except OmegaConfBaseException as error:
         problems.add(key, f"{_lower(_first_line(error))}{_help(spec)}")
         return None
+    except TypeError:  # OmegaConf's for a mapping where a list is wanted, and the other way round
+        problems.add(key, f"is a list where a mapping is wanted, or the other way round, got {value!r}{_help(spec)}")
+        return None
     if isinstance(typed, DictConfig | ListConfig):
         typed = OmegaConf.to_container(typed)
+    if isinstance(typed, list) and _nested(typed) and not any(map(typing.get_origin, typing.get_args(hint))):
+        # OmegaConf looks at the types of values within a list, and not at lists within it.
+        problems.add(key, f"must be a list of single values, got {value!r}{_help(spec)}")
+        return None
     if isinstance(typed, float) and not _finite(typed):
         problems.add(key, f"must be a finite number, got {value!r}")
         return None
@@ -260,6 +269,10 @@ def _strip_optional(hint: Any) -> tuple[Any, bool]:
         if len(rest) == 1:
             return rest[0], True
     return hint, False
+
+
+def _nested(values: list[Any]) -> bool:
+    return any(isinstance(value, list | dict) for value in values)
 
 
 def _finite(value: float) -> bool:

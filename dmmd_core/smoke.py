@@ -10,6 +10,7 @@ from typing import Any
 
 from dmmd_core.errors import RunError
 from dmmd_core.interfaces.component import Slot
+from dmmd_core.records import RECIPE, has_only_begun
 from dmmd_core.resolve import Plan
 
 SUFFIX = "-smoke"
@@ -71,6 +72,6 @@ def clear_smoke_directory(directory: str) -> None:
     path = Path(directory)
     if not path.name.endswith(SUFFIX) or not path.exists():
         return
-    if not (path / "recipe.yaml").exists() and any(path.iterdir()):
+    if not path.is_dir() or not ((path / RECIPE).exists() or has_only_begun(path)):
         raise RunError(f"run.directory: {path} exists and is no run directory; remove it, or choose another")
     shutil.rmtree(path)

@@ -30,11 +30,12 @@ from dmmd_core.distributed import Processes, others_are_there
 from dmmd_core.draws import Draws
 from dmmd_core.ema import MovingAverage
 from dmmd_core.errors import Interrupted, PeerLostError, RunError
-from dmmd_core.interfaces import Denoiser, Losses, Objective
+from dmmd_core.interfaces import Batch, Denoiser, Losses, Objective
 from dmmd_core.optim import learning_rate, make_optimizer
 from dmmd_core.precision import autocast
 from dmmd_core.recipe import TrainSection
 from dmmd_core.sharding import Game, let_go, local, replicated, shard, whole
+from dmmd_core.soundness import check_batch
 from dmmd_core.usage import StepTimes, peak_memory
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.skipped = 0
+        self.metrics: dict[str, float] = {}  # of the last logged step
         self.alarms: set[str] = set()
         self._stopping = False
         self.times = StepTimes(run.device)
@@ -134,7 +136,6 @@ class Trainer:
                 kept.
         """
         self.restore()
-        metrics: dict[str, float] = {}
         started = time.monotonic() - self.seconds
         self._data_s, self._logged = 0.0, (self.step, time.monotonic())
         devices = [self.run.device] if self.run.device.type == "cuda" else []
@@ -154,7 +155,7 @@ class Trainer:
                     self.seconds = time.monotonic() - started
                     last = self.step == self.section.steps
                     if self.step % self.section.log_every == 0 or last:
-                        metrics = self._log(found)
+                        self.metrics = self._log(found)
                     if self.step % self.section.checkpoint_every == 0 or last:
                         self.save()
                     elif self._stopping:
@@ -167,7 +168,7 @@ class Trainer:
                 raise
         model = self.average.module
         assert isinstance(model, Denoiser)
-        return Trained(model, self.seconds, metrics)
+        return Trained(model, self.seconds, self.metrics)
 
     def _steps_to_log(self) -> int:
         """Steps until the next log line is written, the one about to be made included."""
@@ -237,6 +238,7 @@ class Trainer:
         with self.times.part("data"):
             batch = run.assembly.data.training_batch(draws)
         self._data_s += time.monotonic() - waiting
+        self._check(batch, len(indices))
         with self.times.part("loss"), autocast(run.device, run.precision):
             by_player, metrics = self.game(turn, batch, draws)
         total = torch.stack([loss.float() for loss in by_player.values()]).sum()
@@ -246,6 +248,13 @@ class Trainer:
             (total if share == 1 else total * share).backward()
         detached = {name: loss.detach() for name, loss in by_player.items()}
         return len(indices) / len(run.processes.share(section.batch_size)), Losses(detached, metrics)
+
+    def _check(self, batch: Batch, count: int) -> None:
+        """Refuse tokens that do not exist; an accelerator is waited for only where it is for the log as well."""
+        run, assembly = self.run, self.run.assembly
+        assert assembly.spec is not None
+        values = batch.tokens.device.type == "cpu" or self.step % self.section.log_every == 0
+        check_batch(batch, assembly.spec, count, f"data {run.plan.data.entry.name}", values=values)
 
     def _together(self, losses: Losses) -> Losses:
         """Losses and metrics of the whole batch, the same in every process; also whether any is asked to stop."""
@@ -352,6 +361,7 @@ class Trainer:
             "stage": self.stage,
             "seconds": self.seconds,
             "skipped": self.skipped,
+            "metrics": self.metrics,
             "average_updates": self.average.updates,
             "objective": dict(self.objective.state()),
         }
@@ -383,7 +393,7 @@ class Trainer:
             self.average.updates = state["average_updates"]
             self.objective.load_state(state["objective"])
             self.step, self.seconds = state["step"], state["seconds"]
-            self.skipped = state.get("skipped", 0)
+            self.skipped, self.metrics = state.get("skipped", 0), state.get("metrics", {})
             self.run.say(f"{self.stage}: going on from step {self.step}")
             return
         if damaged:

@@ -49,18 +49,20 @@ ALLOWED: dict[str, set[str]] = {
     "precision": BASE,
     "optim": BASE | {"recipe"},
     "media": {"interfaces"},
-    "smoke": BASE | {"resolve"},
-    "agenda": {"checkpoint", "errors", "recipe", "resolve", "saved", "schema"},
+    "records": {"checkpoint", "errors", "recipe", "saved", "schema"},
+    "soundness": BASE,
+    "smoke": BASE | {"records", "resolve"},
+    "agenda": {"checkpoint", "records", "resolve"},
     "shipped": {"errors"},
     "listing": BASE | {"agenda", "registry"},
     "saved": BASE | {"assemble", "card", "checkpoint", "distributed", "hub", "plugins", "recipe", "registry", "resolve"}
     | {"schema", "shaping", "sharding"},
     "train": BASE | {"checkpoint", "compilation", "distributed", "ema", "optim", "precision", "recipe", "sharding"}
-    | {"usage"},
+    | {"soundness", "usage"},
     "pipeline": BASE | {"assemble", "checkpoint", "compilation", "distributed", "precision", "recipe", "registry"}
-    | {"media", "profiling", "resolve", "saved"}
-    | {"schema", "train"},
-    "api": {"errors", "pipeline", "plugins", "recipe", "registry", "resolve", "smoke"},
+    | {"media", "profiling", "records", "resolve", "saved", "soundness"}
+    | {"train"},
+    "api": {"errors", "pipeline", "plugins", "recipe", "records", "registry", "resolve", "smoke"},
     "testing": BASE | {"assemble", "plugins", "registry", "resolve", "schema"},
     "cli": {"agenda", "api", "errors", "listing", "media", "pipeline", "plugins", "precision", "recipe", "resolve"}
     | {"saved", "shipped", "testing"},

@@ -53,6 +53,8 @@ CASES: list[tuple[str, dict[str, Any], str, Any, str, list[str]]] = [
     ("zero steps", {}, "distill.steps", 0, "distill.steps", ["at least 1"]),
     ("zero sampling steps", {}, "distill.num_steps", 0, "distill.num_steps", ["at least 1"]),
     ("zero in list", {}, "evaluate.student_steps", [4, 0], "evaluate.student_steps", ["at least 1"]),
+    ("list in a list", {}, "evaluate.student_steps", [[4, 8]], "evaluate.student_steps", ["list of single values"]),
+    ("mapping for a list", {}, "evaluate.student_steps", {"a": 4}, "evaluate.student_steps", ["the other way round"]),
     ("zero batch", {}, "distill.batch_size", 0, "distill.batch_size", ["at least 1"]),
     ("negative seed", {}, "run.seed", -1, "run.seed", ["at least 0"]),
     ("ema of 1", {}, "distill.ema", 1.0, "distill.ema", ["below 1"]),

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmmd_core import Data, Draws, Features, Requirement, option, show_progress
+from dmmd_core import CheckpointError, Data, Draws, Features, Requirement, option, show_progress
+from dmmd_core.checkpoint import load_tensors, load_weights, save_tensors, verify_directory, write_directory
 
 
 class SmallClassifier(Features):
@@ -93,17 +93,12 @@ class SmallClassifier(Features):
     def _load_or_fit(self, images: Tensor, labels: Tensor) -> nn.Sequential:
         network = self._build(images.shape[1:])
         digest = hashlib.sha256(repr(self.config).encode() + images.numpy().tobytes() + labels.numpy().tobytes())
-        path = None
-        if self.cache_directory is not None:
-            path = self.cache_directory / f"small_classifier-{digest.hexdigest()[:16]}.safetensors"
-        if path is not None and path.exists():
-            network.load_state_dict(load_file(path))
-        else:
+        folder = self.cache_directory and self.cache_directory / f"small_classifier-{digest.hexdigest()[:16]}"
+        if folder is None or not _load(network, folder):
             self._fit(network, images, labels)
-            if path is not None:
-                temporary = path.with_suffix(".incomplete")
-                save_file(network.state_dict(), temporary)
-                temporary.replace(path)
+            if folder is not None:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                write_directory(folder, lambda path: save_tensors(path / "model.safetensors", network.state_dict()))
         return network.eval().requires_grad_(False)
 
     def _build(self, shape: torch.Size) -> nn.Sequential:
@@ -134,6 +129,15 @@ class SmallClassifier(Features):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+
+def _load(network: nn.Module, folder: Path) -> bool:
+    try:
+        verify_directory(folder)
+        load_weights(network, load_tensors(folder / "model.safetensors"), str(folder))
+    except CheckpointError:
+        return False  # never written, or damaged: fitted again
+    return True
 
 
 def _scale(images: Tensor) -> Tensor:

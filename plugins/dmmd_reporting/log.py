@@ -79,19 +79,26 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            event = json.loads(line)
         except ValueError:
             continue
+        if isinstance(event, dict):
+            yield event
 
 
 def loss_curves(path: Path) -> dict[str, dict[str, dict[int, float]]]:
     """Collect training metrics: stage, metric, step to value; a step logged twice counts once, the later time."""
     curves: dict[str, dict[str, dict[int, float]]] = {}
     for event in read_log(path):
-        if event.get("event") == "step" and event["stage"] != "evaluate":
-            stage = curves.setdefault(event["stage"], {})
-            for name, value in event["metrics"].items():
-                stage.setdefault(name, {})[event["step"]] = float(value)
+        if event.get("event") != "step" or event.get("stage") == "evaluate":
+            continue
+        try:
+            step, stage = int(event["step"]), str(event["stage"])
+            values = {str(name): float(value) for name, value in event["metrics"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # damaged, and still JSON
+        for name, value in values.items():
+            curves.setdefault(stage, {}).setdefault(name, {})[step] = value
     return curves
 
 
