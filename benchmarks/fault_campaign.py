@@ -911,7 +911,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of all chance (default: 0)")
     parser.add_argument("--quick", action="store_true", help="a handful of trials of one run, half a minute")
     for kind, count in COUNTS.items():
-        parser.add_argument(f"--{kind}", type=int, help=f"number of trials (default: {count if kind != 'numbers' else 'every case once'})")
+        default = "every case once" if kind == "numbers" else str(count)
+        parser.add_argument(f"--{kind}", type=int, help=f"number of trials (default: {default})")
     parser.add_argument("--plant", action="store_true", help="break the product itself, to see that it is noticed")
     parser.add_argument("--work", type=Path, help="folder for the runs (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="result (default: benchmarks/results/fault_campaign.json)")
