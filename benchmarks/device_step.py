@@ -1,11 +1,12 @@
 """One training step and one sampling step of a recipe at full size: time, memory, share of the chip's matrix rate.
 
     python benchmarks/device_step.py recipes/imagenet_vq.yaml --batch 64
-    python benchmarks/device_step.py recipes/owt_masked.yaml --batch 16
+    python benchmarks/device_step.py recipes/owt_masked.yaml --batch 16 run.compile=true
 
 Tokens are random, so neither data nor hub are needed. The step is all turns of the recipe's objective on one draw,
 forward and backward, without the optimizer; its operations are counted as in `estimate.py`. The matrix rate is that of
-one large product in the recipe's precision, measured in the same run. Every attention kernel that is asked for is
+one large product in the recipe's precision, measured in the same run. ``run.compile`` and
+``run.activation_checkpointing`` are those of the recipe. Every attention kernel that is asked for is
 measured on the same weights and batches.
 """
 
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmmd_core import Batch, Draws, load_plugins, load_recipe
 from dmmd_core.assemble import Assembly
+from dmmd_core.compilation import checkpoint_units, compile_units
 from dmmd_core.precision import AutocastSampler, autocast, choose_device, choose_precision
 from dmmd_core.recipe import Recipe
 from dmmd_core.resolve import resolve
@@ -50,7 +52,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions after two that are not; the median")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     device = choose_device(options.device)
     rows = []
     rate = None
@@ -113,6 +115,11 @@ def measure(
             training_steps=recipe.distill.steps,
             copy_teacher=lambda: copy.deepcopy(teacher).requires_grad_(True),
         )  # fmt: skip
+        networks = [*(player.module for player in game.players().values()), *game.frozen().values()]
+        for module in networks if recipe.run.activation_checkpointing else ():
+            checkpoint_units(module)
+        for module in networks if recipe.run.compile else ():
+            compile_units(module)
         assert assembly.spec is not None
         spec = assembly.spec
         draws = Draws.for_range(0, 0, 0, options.batch, device)
@@ -147,6 +154,7 @@ def measure(
         "kernel": teacher.backbone.description().get("attention"), "precision": str(precision).removeprefix("torch."),
         "train": {
             "batch": options.batch, "seconds": train_seconds, "operations": operations,
+            "tokens_per_second": options.batch * spec.length / train_seconds,
             "share_of_matrix_rate": operations / train_seconds / rate,
             "weights_bytes": kept, "peak_bytes": peak,
         },
