@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# Neither a user's caches nor a hub have a part in the tests.
+
 def _scratch(prefix: str) -> str:
     """A folder that goes with this process."""
     folder = tempfile.mkdtemp(prefix=prefix)
@@ -19,6 +19,7 @@ def _scratch(prefix: str) -> str:
     return folder
 
 
+# Neither a user's caches nor a hub have a part in the tests.
 os.environ["DMMD_CACHE"] = _scratch("dmmd-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _scratch("dmmd-datasets-")
