@@ -1,14 +1,17 @@
 """Compare distillation methods on one teacher, at equal iterations and at equal network passes.
 
-    python benchmarks/compare.py coins markov_masked markov_uniform
+    python benchmarks/compare.py coins
     python benchmarks/compare.py digits_masked digits_uniform text --form gpu
+
+A task of the small form takes less than half an hour on two CPU cores, where two runs go on side by side.
 
 For every task each method is tuned over the same learning rates, on the first seed and by the task's main metric at
 the number of steps it was trained for; with the best one it is run on all seeds, for as many iterations as every other
 method and for as many network passes. A forward pass counts one, a forward and backward pass three. Teacher, data,
 networks, batch size, schedule of the learning rate and moving average are those of the task's recipe.
 
-Every run has a directory of its own below ``--runs``; the same command goes on where it stopped. The result of a task
+Every run has a directory of its own below ``--runs``; the same command goes on where it stopped. What evaluation fits
+(codec, classifier, reference) is that of the first run, which also measures the teacher. The result of a task
 goes to ``benchmarks/results/compare_<task>_<form>.json`` and ``docs/images/compare_<task>_<form>.png``, a table to the
 terminal; ``--collect`` makes these of finished runs alone.
 """
@@ -21,10 +24,12 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,9 +103,7 @@ _EXACT_CPU = {
     "distill.initialize.batch_size": 128, "evaluate.num_samples": 500,
     "evaluate.metrics": [{"name": "total_variation", "params": {"num_samples": 10_000}}, {"name": "product_bound"}],
 }  # fmt: skip
-_IMAGE_CPU = {
-    "distill.steps": 400, "distill.batch_size": 32, "evaluate.num_samples": 1000, "teacher.train.steps": 2500,
-}  # fmt: skip
+_DIGITS_CPU = {"distill.steps": 1500, "evaluate.num_samples": 1000}
 # The paper's -0.2 rewards mass where an exact teacher has none: floored, log teacher - log auxiliary is largest there.
 _EXACT_PARAMS = {"dimo": {"jeffreys_coefficient": 0.0}}
 TASKS: dict[str, Task] = {
@@ -115,15 +118,15 @@ TASKS: dict[str, Task] = {
     ),
     "digits_masked": Task(
         "quickstart", "frechet_distance", ("class_histogram_tv", "token_entropy"), (1, 2, 4, 8, 16), (4, 16, 64),
-        {"cpu": _IMAGE_CPU},
+        {"cpu": _DIGITS_CPU},
     ),
     "digits_uniform": Task(
         "digits_uniform", "frechet_distance", ("class_histogram_tv", "token_entropy"), (1, 2, 4, 8, 16), (4, 16, 64),
-        {"cpu": _IMAGE_CPU},
+        {"cpu": _DIGITS_CPU},
     ),
     "text": Task(
         "text_quickstart", "gradient_moment", ("token_entropy", "bigram_divergence"), (4, 8, 16), (8, 16, 64),
-        {"cpu": {**_IMAGE_CPU, "teacher.train.steps": 2000, "evaluate.num_samples": 500}},
+        {"cpu": {"distill.steps": 500, "evaluate.num_samples": 400}},
     ),
 }  # fmt: skip
 
@@ -149,6 +152,7 @@ def main() -> int:
     parser.add_argument("tasks", nargs="+", choices=sorted(TASKS), help="what to compare on")
     parser.add_argument("--form", choices=["cpu", "gpu"], default="cpu", help="small runs, or those of the recipe")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help="A,B,C; all")
+    parser.add_argument("--processes", type=int, help="runs side by side (default: cores for cpu, 1 for gpu)")
     parser.add_argument("--seeds", type=int, help="seeds 0, 1, ... (default: 2 for cpu, 3 for gpu)")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="where the runs go")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON goes")
@@ -175,27 +179,45 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     seeds = range(options.seeds or {"cpu": 2, "gpu": 3}[options.form])
     runs: dict[Job, dict[str, Any]] = {}
     first = Job(REFERENCE, "iterations", LEARNING_RATES[0], 0)  # its teacher is everybody's
+    processes = options.processes or {"cpu": os.cpu_count() or 1, "gpu": 1}[options.form]
 
-    def make(job: Job) -> dict[str, Any] | None:
-        if job not in runs:
-            teacher = None if job == first else folder / first.name
-            made = make_recipe(task, recipe, job, options.form, folder / job.name, teacher)
-            found = finished(folder / job.name) if options.collect else run_recipe(made, folder / job.name)
-            if found is None:
-                return None
+    def make(job: Job) -> None:
+        base = None if job == first else folder / first.name
+        made = make_recipe(task, recipe, job, options.form, folder / job.name, base)
+        if options.collect:
+            found = finished(folder / job.name)
+        else:
+            found = run_recipe(made, folder / job.name, base=base, alone=processes == 1)
+        if found is not None:
             steps = made["distill"]["steps"]
             runs[job] = {
                 **vars(job), "steps": steps, "passes": round(steps * METHODS[job.method].passes),
                 "num_steps": made["distill"]["num_steps"], "results": found["results"], "timing": found["timing"],
             }  # fmt: skip
-        return runs[job]
 
-    make(first)
-    chosen = {method: tune(task, method, make) for method in methods}
-    for method, rate in chosen.items():
-        for seed in seeds if rate is not None else ():
-            for budget in BUDGETS[: 1 if METHODS[method].passes == METHODS[REFERENCE].passes else 2]:
-                make(Job(method, budget, float(rate or 0), seed))
+    def make_all(jobs: Sequence[Job]) -> None:
+        missing = sorted((job for job in jobs if job not in runs), key=lambda job: -METHODS[job.method].passes)
+        with ThreadPoolExecutor(processes) as pool:
+            waiting = [pool.submit(make, job) for job in missing]
+            try:
+                for one in waiting:
+                    one.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # those under way come to their end, or were interrupted too
+                raise
+
+    make_all([first])
+    tries = {method: [Job(method, "iterations", rate, 0) for rate in LEARNING_RATES] for method in methods}
+    make_all([job for jobs in tries.values() for job in jobs])
+    chosen = {method: tune(task, [runs[job] for job in jobs if job in runs]) for method, jobs in tries.items()}
+    wanted = [
+        Job(method, budget, rate, seed)
+        for method, rate in chosen.items() if rate is not None
+        for seed in seeds
+        for budget in BUDGETS[: 1 if METHODS[method].passes == METHODS[REFERENCE].passes else 2]
+    ]  # fmt: skip
+    make_all(wanted)
+    order = [first, *(job for jobs in tries.values() for job in jobs), *wanted]
     return {
         "task": name,
         "form": options.form,
@@ -210,18 +232,16 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
         },
         "learning_rates": LEARNING_RATES,
         "chosen": chosen,
-        "runs": list(runs.values()),
+        "runs": [runs[job] for job in dict.fromkeys(order) if job in runs],
     }  # fmt: skip
 
 
-def tune(task: Task, method: str, make: Callable[[Job], dict[str, Any] | None]) -> float | None:
-    """The learning rate with the best main metric at the trained number of steps, on the first seed."""
+def tune(task: Task, runs: Sequence[dict[str, Any]]) -> float | None:
+    """The learning rate with the best main metric at the trained number of steps."""
     scores: dict[float, float] = {}
-    for rate in LEARNING_RATES:
-        run = make(Job(method, "iterations", rate, 0))
-        if run is not None:
-            value = figure(run, task.metric, "student", run["num_steps"])
-            scores[rate] = math.inf if value is None or math.isnan(value) else value
+    for run in runs:
+        value = figure(run, task.metric, "student", run["num_steps"])
+        scores[run["learning_rate"]] = math.inf if value is None or math.isnan(value) else value
     return min(scores, key=lambda rate: scores[rate]) if scores else None
 
 
@@ -261,15 +281,28 @@ def make_recipe(
     return made
 
 
-def run_recipe(made: dict[str, Any], directory: Path) -> dict[str, Any] | None:
-    """Run or resume a recipe in a process of its own; None where its training broke down."""
+def run_recipe(
+    made: dict[str, Any], directory: Path, *, base: Path | None = None, alone: bool = True
+) -> dict[str, Any] | None:
+    """Run or resume a recipe in a process of its own; None where its training broke down.
+
+    Args:
+        made: The recipe.
+        directory: Where it runs.
+        base: A finished run on the same data, which has fitted what evaluation needs.
+        alone: No other run goes on beside it, and it may have all cores.
+    """
     path, text = directory.parent / f"{directory.name}.yaml", yaml.safe_dump(made, sort_keys=False)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise SystemExit(f"{path} is another recipe than this run's; choose another --runs, or remove it and its run")
     found = finished(directory)
     if found is None:
         write(path, text)
-        done = subprocess.run([sys.executable, "-m", "dmmd_core", str(path), "--quiet"], cwd=Path.cwd(), check=False)
+        if base is not None and (base / "cache").is_dir() and not directory.exists():
+            shutil.copytree(base / "cache", directory / "cache")
+        command = [sys.executable, "-m", "dmmd_core", str(path), "--quiet"]
+        environment = os.environ | ({} if alone else {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, cwd=Path.cwd(), env=environment, check=False)
         if done.returncode not in (0, 2):
             raise SystemExit(f"{path} was interrupted or broke; run the same command to go on")
         found = finished(directory)

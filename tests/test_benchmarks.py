@@ -144,7 +144,7 @@ def test_compare_tunes_every_method_and_gives_it_equal_iterations_and_passes(tmp
     compare = benchmark("compare")
     made = []
 
-    def run(recipe, directory):
+    def run(recipe, directory, **_):
         made.append((recipe, directory.name))
         return _measured(recipe, directory)
 
