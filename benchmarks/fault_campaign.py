@@ -331,8 +331,6 @@ def marks_of(folder: Path) -> dict[str, Any]:
     return marks
 
 
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -483,9 +481,7 @@ class Campaign:
         if trial.outcome == "identical" and redone:
             trial.outcome, trial.detail = "WRONG", f"finished and done again: {', '.join(redone)}"
 
-    def _moment(
-        self, number: int, writing: bool, whole: Whole, source: random.Random
-    ) -> tuple[int, float, str]:
+    def _moment(self, number: int, writing: bool, whole: Whole, source: random.Random) -> tuple[int, float, str]:
         """Number of a write, the time from there to the signal, and words for both."""
         if writing:
             groups: dict[str, list[int]] = {}
