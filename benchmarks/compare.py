@@ -125,8 +125,8 @@ TASKS: dict[str, Task] = {
         {"cpu": _DIGITS_CPU},
     ),
     "text": Task(
-        "text_quickstart", "gradient_moment", ("token_entropy", "bigram_divergence"), (4, 8, 16), (8, 16, 64),
-        {"cpu": {"distill.steps": 500, "evaluate.num_samples": 400}},
+        "text_quickstart", "gradient_moment", ("token_entropy", "bigram_divergence"), (1, 4, 8, 16), (8, 16, 64),
+        {"cpu": {"distill.steps": 400, "evaluate.num_samples": 400}},
     ),
 }  # fmt: skip
 
@@ -187,7 +187,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if options.collect:
             found = finished(folder / job.name)
         else:
-            found = run_recipe(made, folder / job.name, base=base, alone=processes == 1)
+            found = run_recipe(made, folder / job.name, base=base, alone=base is None or processes == 1)
         if found is not None:
             steps = made["distill"]["steps"]
             runs[job] = {

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from helpers import ROOT, make_run, tiny_recipe
 
 from dmmd_core import Draws, NetworkDenoiser, load_plugins, load_recipe
@@ -170,6 +171,15 @@ def test_compare_tunes_every_method_and_gives_it_equal_iterations_and_passes(tmp
     told = capsys.readouterr().out
     assert "| moment_matching | iterations | 0.0003 | 2000 |" in told
     assert "| di4c | passes | 0.001 | 824 |" in told
+
+
+@pytest.mark.parametrize("name", sorted(benchmark("compare").TASKS))
+def test_compare_measures_every_method_where_it_was_trained(name):
+    compare = benchmark("compare")
+    task = compare.TASKS[name]
+    recipe = yaml.safe_load((compare.ROOT / "recipes" / f"{task.recipe}.yaml").read_text(encoding="utf-8"))
+    trained = {method.num_steps or recipe["distill"]["num_steps"] for method in compare.METHODS.values()}
+    assert trained <= set(task.student_steps)
 
 
 def test_compare_never_takes_the_figures_of_another_recipe(tmp_path):
