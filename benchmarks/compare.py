@@ -303,7 +303,8 @@ def run_recipe(
         command = [sys.executable, "-m", "dmmd_core", str(path), "--quiet"]
         environment = os.environ | ({} if alone else {"OMP_NUM_THREADS": "1"})
         done = subprocess.run(command, cwd=Path.cwd(), env=environment, check=False)
-        if done.returncode not in (0, 2):
+        broke_down = done.returncode == 2 and (directory / "stages.json").exists()  # else it was refused
+        if done.returncode != 0 and not broke_down:
             raise SystemExit(f"{path} was interrupted or broke; run the same command to go on")
         found = finished(directory)
         print(f"{directory.name}: {'done' if found else 'no result'}", file=sys.stderr, flush=True)

@@ -44,6 +44,7 @@ from dmmd_core.precision import AutocastSampler, choose_device, choose_precision
 from dmmd_core.profiling import FOLDER, Profiler
 from dmmd_core.recipe import TrainSection
 from dmmd_core.records import (
+    CACHE,
     METRICS,
     PLUGINS,
     RECIPE,
@@ -108,7 +109,7 @@ class Run:
         folder = self.directory / FOLDER
         self.profiler = Profiler(folder, self.device, lambda text: self.say(text)) if wanted else None
         # Everything is built once, cheaply, before a byte is written: what cannot work is refused here.
-        self.assembly = Assembly(plan, self.directory / "cache")
+        self.assembly = Assembly(plan, self.directory / CACHE)
         self.samplers = {
             "student": self._watched("student", self.assembly.sampler),
             "teacher": self._watched("teacher", self.assembly.teacher_sampler),
@@ -499,7 +500,7 @@ class Run:
         directory, recipe = self.directory, self.plan.recipe
         state = state_of(directory, recipe)
         try:
-            (directory / "cache").mkdir(parents=True, exist_ok=True)
+            (directory / CACHE).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"run.directory: {directory} cannot be created: {error.strerror}") from error
         try:

@@ -19,6 +19,7 @@ from dmmd_core.saved import recipe_from_plain
 from dmmd_core.schema import read_yaml
 
 RECIPE, PLUGINS, STAGES, METRICS = "recipe.yaml", "plugins.json", "stages.json", "metrics.json"
+CACHE = "cache"
 _SUMS = "sums"
 _REMEDIES = {
     STAGES: "remove it, and the same command finishes the stages again from their checkpoints",
@@ -60,8 +61,15 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def has_only_begun(directory: Path) -> bool:
     """Whether a directory holds nothing, or what a run leaves there that ended before it had written its recipe."""
-    ours = {".lock", "cache", f"{TEMPORARY}{RECIPE}"}
-    return all(path.name in ours and not (path.is_dir() and any(path.iterdir())) for path in directory.iterdir())
+    return _holds_only(directory, {".lock", CACHE, f"{TEMPORARY}{RECIPE}"}, set())
+
+
+def _holds_only(directory: Path, empty: set[str], full: set[str]) -> bool:
+    """Whether there is nothing but what is named: files, folders that are empty, and folders with anything in them."""
+    return all(
+        path.name in full or (path.name in empty and not (path.is_dir() and any(path.iterdir())))
+        for path in directory.iterdir()
+    )
 
 
 State = Literal["new", "kept", "damaged"]
@@ -82,8 +90,8 @@ def state_of(directory: Path, recipe: Recipe) -> State:
     if not directory.is_dir():
         raise RunError(other)
     if not path.exists():
-        if has_only_begun(directory):
-            return "new"
+        if _holds_only(directory, {".lock", f"{TEMPORARY}{RECIPE}"}, {CACHE}):
+            return "new"  # a cache may have been put there: its parts are known by their fingerprints
         began_with = _began_with(directory) if (directory / STAGES).exists() else None
         if began_with is None:
             raise RunError(other)

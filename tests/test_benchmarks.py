@@ -189,6 +189,18 @@ def test_compare_never_takes_the_figures_of_another_recipe(tmp_path):
         compare.run_recipe({"distill": {"steps": 2}}, tmp_path / "a")
 
 
+def test_compare_stops_where_a_run_is_refused_and_goes_on_where_its_training_broke_down(tmp_path):
+    compare = benchmark("compare")
+    base, recipe = tmp_path / "base", tiny_recipe(tmp_path)
+    compare.write(base / "cache" / "network-0123" / "model.safetensors", "weights")
+    with pytest.raises(SystemExit, match="run the same command to go on"):
+        compare.run_recipe(recipe | {"schema": 99}, tmp_path / "refused", base=base)
+    recipe["distill"]["optimizer"]["learning_rate"] = 1e30
+    recipe["run"] |= {"directory": str(tmp_path / "broke"), "skip_limit": 1}
+    assert compare.run_recipe(recipe, tmp_path / "broke", base=base) is None
+    assert (tmp_path / "broke" / "cache" / "network-0123" / "model.safetensors").exists()
+
+
 def test_the_sampler_that_ancestral_is_timed_against_draws_from_the_same_distribution():
     """Its clean probabilities are the denoiser's; a step shows a token with probability 1 - s / t."""
     engine = benchmark("engine")

@@ -257,6 +257,14 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, capsys: pyt
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_a_new_runs_directory_may_hold_what_another_run_has_fitted(tmp_path: Path) -> None:
+    kept = tmp_path / "run" / "cache" / "network-0123" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("weights")
+    assert run_command([str(write_recipe(tmp_path, tiny_recipe(tmp_path))), "--quiet"]) == 0
+    assert kept.read_text() == "weights"
+
+
 def test_missing_gpu_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = _fails([str(write_recipe(tmp_path, tiny_recipe(tmp_path))), "run.device=cuda:99"], capsys)
     assert "run.device" in error
