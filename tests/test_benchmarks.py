@@ -195,8 +195,8 @@ def test_compare_stops_where_a_run_is_refused_and_goes_on_where_its_training_bro
     compare.write(base / "cache" / "network-0123" / "model.safetensors", "weights")
     with pytest.raises(SystemExit, match="run the same command to go on"):
         compare.run_recipe(recipe | {"schema": 99}, tmp_path / "refused", base=base)
-    recipe["distill"]["optimizer"]["learning_rate"] = 1e30
-    recipe["run"] |= {"directory": str(tmp_path / "broke"), "skip_limit": 1}
+    recipe["distill"] |= {"optimizer": {"learning_rate": 1e30}, "skip_limit": 1}
+    recipe["run"] |= {"directory": str(tmp_path / "broke")}
     assert compare.run_recipe(recipe, tmp_path / "broke", base=base) is None
     assert (tmp_path / "broke" / "cache" / "network-0123" / "model.safetensors").exists()
 
