@@ -388,7 +388,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(7, 4.5), layout="constrained")
+    canvas = Figure(figsize=(8.5, 4.5), layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.subplots()
     colors = {method: f"C{place}" for place, method in enumerate(METHODS)}
@@ -410,7 +410,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("sampling steps")
     axes.set_ylabel(content["metric"].replace("_", " "))
     axes.set_title(f"{content['task']} ({content['form']})")
-    axes.legend(fontsize=7, loc="lower left")
+    canvas.legend(fontsize=7, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
 
