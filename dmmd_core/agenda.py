@@ -78,4 +78,3 @@ def _evaluation(plan: Plan, item: Any, judged: set[tuple[str, int]]) -> Item:
     if found.state == "to do" and count:
         return Item(found.stage, found.work, "begun", f"{count} of {len(jobs)} sets judged")
     return found
-

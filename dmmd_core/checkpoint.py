@@ -246,9 +246,7 @@ def load_checkpoint(path: Path, like: Callable[[str], Tensor | None] = lambda na
     return found
 
 
-def _load_shards(
-    path: Path, like: Callable[[str], Tensor | None], without: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _load_shards(path: Path, like: Callable[[str], Tensor | None], without: Mapping[str, Tensor]) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(path))
     wanted: dict[str, Any] = {}
     for name, known in reader.read_metadata().state_dict_metadata.items():

@@ -74,9 +74,7 @@ class Draws:
         self._made: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @classmethod
-    def for_range(
-        cls, seed: int, step: int, start: int, count: int, device: torch.device | str = "cpu"
-    ) -> Draws:
+    def for_range(cls, seed: int, step: int, start: int, count: int, device: torch.device | str = "cpu") -> Draws:
         """Return draws for the samples ``start .. start + count - 1``."""
         return cls(seed, step, torch.arange(start, start + count, device=device))
 

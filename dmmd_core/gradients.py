@@ -193,8 +193,10 @@ class _HandOn(torch.autograd.Function):
             handed[number] = scaled if earlier is None else earlier + scaled
         if not keep:
             ctx.sums = None
-        return None, None, *(
-            one if one is None else one.to(dtype) for one, dtype in zip(handed, ctx.dtypes, strict=True)
+        return (
+            None,
+            None,
+            *(one if one is None else one.to(dtype) for one, dtype in zip(handed, ctx.dtypes, strict=True)),
         )
 
 

@@ -583,4 +583,3 @@ def _can_hold(lock: FileLock) -> bool:
     except Timeout:
         return False
     return True
-

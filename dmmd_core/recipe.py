@@ -128,7 +128,8 @@ class RunSection:
         "ddp", help="what each of several processes holds in training: all weights (ddp), or a share of them (fsdp)"
     )
     threads: int | None = option(
-        None, help="CPU threads of a tensor operation; null for torch's own choice (1 is fastest for tiny networks)",
+        None,
+        help="CPU threads of a tensor operation; null for torch's own choice (1 is fastest for tiny networks)",
         minimum=1,
     )
     keep_checkpoints: int = option(2, help="checkpoints kept per stage", minimum=1)
@@ -176,9 +177,7 @@ class Recipe:
         return content
 
 
-def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), background: Sequence[tuple[str, Any]] = ()
-) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), background: Sequence[tuple[str, Any]] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
@@ -196,9 +195,7 @@ def load_recipe(
     return _read(content, str(path), lines, overrides, background)
 
 
-def change_recipe(
-    recipe: Recipe, overrides: Sequence[str] = (), background: Sequence[tuple[str, Any]] = ()
-) -> Recipe:
+def change_recipe(recipe: Recipe, overrides: Sequence[str] = (), background: Sequence[tuple[str, Any]] = ()) -> Recipe:
     """Change keys of a recipe and validate it again; arguments, result and errors as for `load_recipe`."""
     return _read(recipe.plain(), recipe.source.path, recipe.source.lines, overrides, background)
 
@@ -253,9 +250,7 @@ def _apply_override(config: Any, text: str, texts: dict[str, str], problems: Pro
             value = OmegaConf.create({"value": value_text}).value if "${" not in value else value
         OmegaConf.update(config, key, value, merge=False, force_add=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, IndexError, AssertionError) as error:
-        problems.found.append(
-            Problem(key, f"cannot be applied: {str(error).splitlines()[0]}", f"override {text!r}")
-        )
+        problems.found.append(Problem(key, f"cannot be applied: {str(error).splitlines()[0]}", f"override {text!r}"))
 
 
 def _collect(recipe: Recipe) -> dict[str, Any]:

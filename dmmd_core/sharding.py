@@ -35,9 +35,7 @@ class Game(nn.Module):
         self.objective = objective
         self.players = nn.ModuleList(player.module for player in objective.players().values())
 
-    def forward(
-        self, turn: tuple[str, ...], batch: Batch, draws: Draws
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses by player, and metrics; see `Objective.loss`."""
         losses = self.objective.loss(turn, batch, draws)
         return losses.by_player, losses.metrics

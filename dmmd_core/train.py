@@ -70,9 +70,7 @@ class Trainer:
         directory: Where this stage's checkpoints are kept.
     """
 
-    def __init__(
-        self, run: Run, stage: str, objective: Objective, section: TrainSection, directory: Path
-    ) -> None:
+    def __init__(self, run: Run, stage: str, objective: Objective, section: TrainSection, directory: Path) -> None:
         self.run = run
         self.stage = stage
         self.objective = objective
@@ -95,9 +93,7 @@ class Trainer:
                 f"({run.processes.size} processes, accumulate {section.accumulate}); use fewer, or a larger batch"
             )
         self._prepare_networks()
-        self.optimizers = {
-            name: make_optimizer(player, section.optimizer) for name, player in self.players.items()
-        }
+        self.optimizers = {name: make_optimizer(player, section.optimizer) for name, player in self.players.items()}
         self.step = 0
         self.seconds = 0.0
         self.skipped = 0
@@ -398,7 +394,6 @@ class Trainer:
             return
         if damaged:
             self.run.say(f"no checkpoint in {self.directory} is whole; {self.stage} begins anew")
-
 
     def _changing(self) -> list[nn.Module]:
         """Modules whose weights change from step to step."""

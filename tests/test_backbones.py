@@ -221,9 +221,7 @@ def test_input_noise_is_added_to_the_embeddings(name: str) -> None:
     model = BACKBONES[name]()
     z, other, t = torch.randint(0, INPUTS, (3, 6)), torch.randint(0, INPUTS, (3, 6)), torch.rand(3)
     noise = model.tokens(other) - model.tokens(z)
-    assert torch.allclose(
-        model.features(z, t, Condition(), noise), model.features(other, t, Condition()), atol=1e-5
-    )
+    assert torch.allclose(model.features(z, t, Condition(), noise), model.features(other, t, Condition()), atol=1e-5)
 
 
 def _changed_places(model: Any, grid: tuple[int, int, int], place: int) -> set[tuple[int, int, int]]:

@@ -205,8 +205,7 @@ def test_no_gradient_flows_where_nothing_may_be_seen(name: str) -> None:
         part = features[:, block * SIZE : (block + 1) * SIZE].square().sum()
         gradients = torch.autograd.grad(part, (of_clean, of_noisy), retain_graph=True, allow_unused=True)
         reached = [
-            set() if gradient is None
-            else {int(p) // SIZE for p in gradient.abs().amax((0, 2)).nonzero()}
+            set() if gradient is None else {int(p) // SIZE for p in gradient.abs().amax((0, 2)).nonzero()}
             for gradient in gradients
         ]
         assert reached == [set(range(block)), {block}]

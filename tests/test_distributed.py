@@ -25,9 +25,7 @@ TOLERANCE = 1e-5  # sums over a batch in another order, for 50 steps; 2e-7 was s
 
 def _recipe(directory: Path, parallel: str) -> dict[str, Any]:
     train = {"steps": STEPS, "batch_size": 12, "log_every": 1, "checkpoint_every": 20}
-    recipe = tiny_recipe(
-        directory, backbone={"name": "transformer", "params": {"width": 16, "heads": 2, "depth": 2}}
-    )
+    recipe = tiny_recipe(directory, backbone={"name": "transformer", "params": {"width": 16, "heads": 2, "depth": 2}})
     recipe["teacher"] = {"objective": {"name": "denoising"}, "train": dict(train)}
     recipe["distill"] = {"num_steps": 2, **train}
     recipe["evaluate"] |= {"num_samples": 21, "metrics": [{"name": "token_entropy"}, {"name": "product_bound"}]}

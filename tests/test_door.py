@@ -259,9 +259,7 @@ def test_the_registry_is_frozen(shop: Shop) -> None:
     assert registry.names("schedule") == []
 
 
-def test_observers_may_add_problems_to_a_recipe(
-    shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_observers_may_add_problems_to_a_recipe(shop: Shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from helpers import tiny_recipe
 
     from dmmd_core import RecipeError

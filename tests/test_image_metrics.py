@@ -293,9 +293,7 @@ def test_a_network_from_a_file_gives_its_features(files: dict[str, Path], data: 
     large = images.repeat_interleave(3, -1).repeat_interleave(3, -2)
     scaled = NetworkFile(NetworkFile.Config(path=str(files[kind]), side=SIDE))
     scaled.prepare()
-    torch.testing.assert_close(
-        scaled.features(large), Halves()(images / 255).flatten(1).double(), rtol=0.05, atol=0.02
-    )
+    torch.testing.assert_close(scaled.features(large), Halves()(images / 255).flatten(1).double(), rtol=0.05, atol=0.02)
 
 
 def test_networks_that_are_none_or_take_other_images_are_refused(

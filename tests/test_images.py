@@ -94,9 +94,7 @@ def test_all_sources_give_the_same_pictures_and_labels(folder: Path) -> None:
         "npz": arrays("both.npz", None),
         "saved": ImageDataset(ImageDataset.Config(dataset=str(folder / "saved"), test_split="test", **hub)),
         "parquet": ImageDataset(
-            ImageDataset.Config(
-                dataset="parquet", data_files=[str(folder / "rows.parquet")], test_split="train", **hub
-            )
+            ImageDataset.Config(dataset="parquet", data_files=[str(folder / "rows.parquet")], test_split="train", **hub)
         ),
     }
     expected = torch.from_numpy(images).permute(0, 3, 1, 2)

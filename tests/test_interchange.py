@@ -133,9 +133,7 @@ def test_a_teacher_of_the_hub_starts_another_run(finished: Run, hub: Hub, monkey
     assert "distill" in run(write_recipe(Path(), recipe), quiet=True).stages
 
 
-def test_what_is_nowhere_is_one_error(
-    hub: Hub, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_nowhere_is_one_error(hub: Hub, tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="model folder me/nothing, and 'me/nothing' cannot be had from the hub"):
         load_student("me/nothing")
     hub.asked.clear()
@@ -290,7 +288,7 @@ def test_models_that_do_not_fit_are_told(bert: Path, tmp_path: Path) -> None:
         TransformersMasked.check(TransformersMasked.Config(path="somebody/nothing"))
 
 
-CODE = '''
+CODE = """
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
@@ -317,7 +315,7 @@ class Tiny(PreTrainedModel):
 
     def forward(self, input_ids, timesteps=None):
         return MaskedLMOutput(logits=self.table(input_ids) + timesteps.view(-1, 1, 1))
-'''
+"""
 
 
 @pytest.mark.parametrize("auto_class", ["AutoModelForMaskedLM", "AutoModelForCausalLM"])

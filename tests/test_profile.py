@@ -128,9 +128,7 @@ def test_only_the_first_of_several_processes_traces(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("mode", ["--check", "--dry-run", "--plugins"])
-def test_modes_that_run_nothing_take_no_profile(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_modes_that_run_nothing_take_no_profile(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = [] if mode == "--plugins" else [str(write_recipe(tmp_path, tiny_recipe(tmp_path)))]
     with pytest.raises(SystemExit):
         run_command([*recipe, mode, "--profile"])

@@ -148,9 +148,7 @@ def test_half_written_checkpoint_is_never_taken_for_a_whole_one(tmp_path: Path) 
                 (copy / file.name).write_bytes(content[: len(content) // 2])
             elif damage == "flip":
                 middle = len(content) // 2
-                (copy / file.name).write_bytes(
-                    content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-                )
+                (copy / file.name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
             else:
                 (copy / file.name).unlink()
             with pytest.raises(CheckpointError, match=r"step_000000010"):

@@ -120,9 +120,7 @@ def _full(*arguments: Any, **keywords: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_one_message_and_leaves_the_old_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_message_and_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = save_checkpoint(tmp_path, 5, {"x": torch.arange(100.0)}, {})
     write_text(tmp_path / "file.json", "old")
     monkeypatch.setattr("os.fsync", _full)

@@ -47,9 +47,7 @@ def test_both_players_move_and_the_result_is_averaged(tmp_path: Path) -> None:
         assert any(moved), name
     student = trainer.players["student"].module
     assert trained.model is not student
-    assert any(
-        not torch.equal(a, b) for a, b in zip(trained.model.parameters(), student.parameters(), strict=True)
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(trained.model.parameters(), student.parameters(), strict=True))
 
 
 def test_a_log_line_tells_throughput_and_the_wait_for_data(tmp_path: Path) -> None:

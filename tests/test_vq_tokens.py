@@ -49,7 +49,11 @@ def _tokenizer(**params: Any) -> VQAutoencoder:
 def _data(folder: Path, tokenizer: ImageCodec | None = None, **params: Any) -> VQTokens:
     """The folder's pictures through a tokenizer, prepared."""
     config = VQTokens.Config(
-        source=None, fit="crop", cache=str(folder / "cache"), workers=2, **params  # type: ignore[arg-type]
+        source=None,
+        fit="crop",
+        cache=str(folder / "cache"),
+        workers=2,
+        **params,  # type: ignore[arg-type]
     )
     source = ImageFolder(ImageFolder.Config(train=str(folder / "pictures"), num_classes=4, held_out=0.25))
     data = VQTokens(config, source=source, tokenizer=tokenizer or _tokenizer())

@@ -27,9 +27,7 @@ class Backbone(nn.Module, Component, ABC):
     block_size: int | None = None
 
     @abstractmethod
-    def features(
-        self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
-    ) -> Tensor:
+    def features(self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None) -> Tensor:
         """Compute features.
 
         With a `block_size` these are the features of the one block that follows ``condition.context`` or, where

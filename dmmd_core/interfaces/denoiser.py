@@ -163,9 +163,7 @@ class NetworkPrediction(Prediction):
         t: Times, ``[batch]`` or ``[batch, length]``.
     """
 
-    def __init__(
-        self, backbone: Backbone, process: Process, features: Tensor, z_t: Tensor, t: Tensor
-    ) -> None:
+    def __init__(self, backbone: Backbone, process: Process, features: Tensor, z_t: Tensor, t: Tensor) -> None:
         self._backbone = backbone
         self._process = process
         self._features = features.flatten(0, 1)

@@ -38,9 +38,7 @@ class Process(Component, ABC):
 
     kind: ClassVar[str] = "process"
 
-    def __init__(
-        self, *, vocab_size: int, schedule: Schedule, parametrization: Parametrization = "mean"
-    ) -> None:
+    def __init__(self, *, vocab_size: int, schedule: Schedule, parametrization: Parametrization = "mean") -> None:
         if vocab_size < 2:
             raise ValueError(f"vocab_size must be at least 2, got {vocab_size}")
         self.vocab_size = vocab_size

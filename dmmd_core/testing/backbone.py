@@ -268,9 +268,7 @@ def devices(case: BackboneCase) -> None:
     wanted = case.features(*case.inputs())
     moved = copy.deepcopy(case.backbone).cuda()
     z, t, condition = case.inputs()
-    there: dict[str, Any] = {
-        name: value.cuda() for name, value in vars(condition).items() if isinstance(value, Tensor)
-    }
+    there: dict[str, Any] = {name: value.cuda() for name, value in vars(condition).items() if isinstance(value, Tensor)}
     with torch.no_grad():
         got = moved.features(z.cuda(), t.cuda(), Condition(**there))
     expect(got.device.type == "cuda", f"features lie on {got.device}")

@@ -72,12 +72,7 @@ class Case:
 
 def needs(part: Part, role: str) -> set[str]:
     """Capabilities that a part, or one within it, needs of a role."""
-    return {
-        need.capability
-        for inner in part.walk()
-        for need in inner.cls.requires(inner.config)
-        if need.role == role
-    }
+    return {need.capability for inner in part.walk() for need in inner.cls.requires(inner.config) if need.role == role}
 
 
 def entry_of(component: str | type[Component], kind: str, registry: Registry) -> tuple[Entry, Registry]:

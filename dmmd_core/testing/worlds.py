@@ -325,9 +325,7 @@ class Mixer(Backbone):
         self.mix = nn.Linear(length * width, length * width)
         self.logits = nn.Linear(width, vocab_size)
 
-    def features(
-        self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
-    ) -> Tensor:
+    def features(self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None) -> Tensor:
         """See `Backbone.features`."""
         times = per_position(t, z_t).to(self.places.dtype).unsqueeze(-1)
         hidden = self.tokens(z_t) + self.places + self.time(times)

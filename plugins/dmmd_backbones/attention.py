@@ -97,9 +97,7 @@ def _kernel_problem(head_width: int) -> str | None:
     return None
 
 
-def choose_attention(
-    kernel: Kernel, *, head_width: int | None = None, masked: bool = False
-) -> tuple[str, Attention]:
+def choose_attention(kernel: Kernel, *, head_width: int | None = None, masked: bool = False) -> tuple[str, Attention]:
     """Pick the kernel once, at construction.
 
     ``auto`` takes xformers where a CUDA device is present and xformers can do what is asked, SDPA otherwise; a model

@@ -34,9 +34,7 @@ class Context:
         return Context(tuple((key.expand(shape), value.expand(shape)) for key, value in self.layers))
 
 
-def block_mask(
-    start: int, length: int, past: int, block_size: int, *, clean: bool, device: torch.device
-) -> Tensor:
+def block_mask(start: int, length: int, past: int, block_size: int, *, clean: bool, device: torch.device) -> Tensor:
     """Say which keys each query may look at.
 
     Args:

@@ -50,9 +50,7 @@ class MLP(Backbone):
         """See `Backbone.units`."""
         return list(self.layers)
 
-    def features(
-        self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
-    ) -> Tensor:
+    def features(self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None) -> Tensor:
         """See `Backbone.features`."""
         embedded = self.tokens(z_t) + self.time(per_position(t, z_t))
         if input_noise is not None:

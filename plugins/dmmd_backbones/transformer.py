@@ -187,9 +187,7 @@ class Transformer(Backbone):
         told = {"attention": self.blocks[0].kernel}
         return told if self.block_size is None else {**told, "block_size": str(self.block_size)}
 
-    def features(
-        self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
-    ) -> Tensor:
+    def features(self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None) -> Tensor:
         """See `Backbone.features`."""
         length, size = z_t.shape[1], self.block_size
         if condition.clean is not None:

@@ -96,9 +96,7 @@ class AttentionBlock(nn.Module):
         )
         mixed = self.attend(query, key, value, dropout=self.dropout if self.training else 0.0)
         mixed = self.to_out(rearrange(mixed, "batch length heads width -> batch length (heads width)"))
-        return x + rearrange(
-            mixed, "batch (height width) channels -> batch channels height width", height=x.shape[2]
-        )
+        return x + rearrange(mixed, "batch (height width) channels -> batch channels height width", height=x.shape[2])
 
 
 class Stage(nn.Module):
@@ -221,9 +219,7 @@ class UNet(Backbone):
         """See `Backbone.description`."""
         return {"attention": self.middle[0].attention.kernel}
 
-    def features(
-        self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
-    ) -> Tensor:
+    def features(self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None) -> Tensor:
         """See `Backbone.features`; a place takes the mean of the time embeddings of its tokens, or of its parts."""
         embedded = self.tokens(z_t)
         if input_noise is not None:

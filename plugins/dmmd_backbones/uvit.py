@@ -126,9 +126,7 @@ class UViT(Backbone):
         kernel = next(iter([*self.first, *self.middle])).kernel
         return {"attention": kernel, "patches": str(parts["rows"] * parts["columns"])}
 
-    def features(
-        self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
-    ) -> Tensor:
+    def features(self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None) -> Tensor:
         """See `Backbone.features`; a patch takes the mean of its tokens' time embeddings."""
         embedded = self.tokens(z_t)
         if input_noise is not None:

@@ -60,9 +60,7 @@ class KMeansPatches(ImageCodec):
         rows, _ = self.grid
         patches = self._codebook()[tokens].round().clamp(0, 255).to(torch.uint8)
         side = self.config.patch
-        return rearrange(
-            patches, "n (rows columns) (h w) -> n 1 (rows h) (columns w)", rows=rows, h=side, w=side
-        )
+        return rearrange(patches, "n (rows columns) (h w) -> n 1 (rows h) (columns w)", rows=rows, h=side, w=side)
 
     def encode(self, media: Any) -> Tensor:
         """See `Codec.encode`."""

@@ -219,9 +219,7 @@ def _save(
     prune(folder, 1, save_checkpoint(folder, step, tensors, {}))
 
 
-def _restore(
-    folder: Path, network: Autoencoder, optimizer: torch.optim.Optimizer, averages: CodebookAverages
-) -> int:
+def _restore(folder: Path, network: Autoencoder, optimizer: torch.optim.Optimizer, averages: CodebookAverages) -> int:
     """Go on from the newest whole checkpoint; returns its step, 0 where there is none."""
     for path, problem in load_newest(folder):
         if problem is None:

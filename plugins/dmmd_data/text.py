@@ -119,6 +119,7 @@ class Text(Data):
         Raises:
             RunError: The text cannot be read, or is too short, or the cache cannot be written.
         """
+
         def make(path: Path) -> None:
             documents = self._documents()
             self.codec.fit(documents["train"]())

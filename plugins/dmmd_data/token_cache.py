@@ -28,9 +28,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmmd"
 
 
-def make_or_open(
-    path: Path, opened: Callable[[Path], _Opened], make: Callable[[Path], None], what: str
-) -> _Opened:
+def make_or_open(path: Path, opened: Callable[[Path], _Opened], make: Callable[[Path], None], what: str) -> _Opened:
     """Open a cache; where there is none, or a damaged one, make it first. A second process waits for the first.
 
     Args:

@@ -36,8 +36,10 @@ class PartlyRandom(Generator):
         """Parameters."""
 
         masked_share: float = option(
-            0.6, help="probability that a masked position is shown as [MASK] and not as a random token",
-            minimum=0, below=1,
+            0.6,
+            help="probability that a masked position is shown as [MASK] and not as a random token",
+            minimum=0,
+            below=1,
         )
         width: int = option(32, help="Gaussians per position, projected into the embeddings", minimum=1)
         initial_scale: float = option(
@@ -91,7 +93,5 @@ class PartlyRandom(Generator):
             raise ValueError(f"{type(self).__name__} needs a latent")
         condition = condition or Condition()
         shown = torch.where(z_t == self.process.vocab_size, latent[..., 0].long(), z_t)
-        features = self.backbone.features(
-            shown, network_times(t, condition), condition, self.input_noise(latent)
-        )
+        features = self.backbone.features(shown, network_times(t, condition), condition, self.input_noise(latent))
         return NetworkPrediction(self.backbone, self.process, features, z_t, t)

@@ -76,12 +76,8 @@ class MixtureDistillation(Objective):
         """Parameters."""
 
         latents: int = option(4, help="latents drawn for each noisy input", minimum=2)
-        teacher_steps: int = option(
-            64, help="steps of the teacher, over one of which consistency is taken", minimum=1
-        )
-        distill_below: float = option(
-            0.05, help="below this time each component learns the teacher", above=0, below=1
-        )
+        teacher_steps: int = option(64, help="steps of the teacher, over one of which consistency is taken", minimum=1)
+        distill_below: float = option(0.05, help="below this time each component learns the teacher", above=0, below=1)
         distill_share: float = option(
             0.3, help="share of examples whose time is drawn below distill_below", above=0, below=1
         )

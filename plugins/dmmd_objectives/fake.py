@@ -150,7 +150,12 @@ class FakeGame(Objective):
         return Losses(by_player, metrics)
 
     def _row_losses(
-        self, rows: Rows, turn: tuple[str, ...], x: Tensor, student: Prediction, auxiliary: Prediction,
+        self,
+        rows: Rows,
+        turn: tuple[str, ...],
+        x: Tensor,
+        student: Prediction,
+        auxiliary: Prediction,
         teacher: Prediction | None = None,
     ) -> list[Tensor]:
         """Losses of the players in `turn` and the student's entropy, ``[rows]`` each."""

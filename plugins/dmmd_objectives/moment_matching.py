@@ -72,8 +72,10 @@ class MomentMatching(Objective):
         )
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
         alarm_gap: float = option(
-            0.25, help="mean distance (total variation) between teacher and auxiliary that raises an alarm; 1 for none",
-            above=0, maximum=1,
+            0.25,
+            help="mean distance (total variation) between teacher and auxiliary that raises an alarm; 1 for none",
+            above=0,
+            maximum=1,
         )
         alarm_entropy: float = option(
             1e-3,

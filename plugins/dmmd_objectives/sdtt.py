@@ -53,14 +53,13 @@ class SelfDistillation(RoundsObjective):
         round_average: float = option(
             0.0,
             help="decay of the moving average of weights that becomes the next teacher; 0 for the weights as they are",
-            minimum=0, below=1,
+            minimum=0,
+            below=1,
         )
         times: Literal["uniform", "grid"] = option(
             "uniform", help="t ~ U(0, 1), or the times that a sampler of this round's steps visits"
         )
-        probability_floor: float = option(
-            1e-6, help="smallest teacher probability in reverse_kl", above=0, below=1
-        )
+        probability_floor: float = option(1e-6, help="smallest teacher probability in reverse_kl", above=0, below=1)
         chunk_rows: int = option(0, help="rows of logits alive at a time; 0 for all at once", minimum=0)
 
     @classmethod

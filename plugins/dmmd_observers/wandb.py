@@ -55,9 +55,7 @@ class WeightsAndBiases(Observer):
     def check(cls, config: Any) -> None:
         """Refuse a run that could not be shown."""
         if config.mode != "disabled" and find_spec("wandb") is None:
-            raise FieldError(
-                "", "observer wandb needs the package wandb; pip install 'dmmd[wandb]', or leave it out"
-            )
+            raise FieldError("", "observer wandb needs the package wandb; pip install 'dmmd[wandb]', or leave it out")
 
     @classmethod
     def smoke(cls, config: Any) -> Any:

@@ -81,9 +81,7 @@ class Ancestral(ShapedSampler):
         return Samples(z, last)
 
     @torch.no_grad()
-    def step(
-        self, denoiser: Denoiser, z: Tensor, s: Tensor, t: Tensor, draws: Draws, condition: Condition
-    ) -> Tensor:
+    def step(self, denoiser: Denoiser, z: Tensor, s: Tensor, t: Tensor, draws: Draws, condition: Condition) -> Tensor:
         """One step of `sample`, from z_t to z_s.
 
         Args:

@@ -62,9 +62,7 @@ class ShapedSampler(Sampler):
         num_classes: Number of classes, for guidance.
     """
 
-    def __init__(
-        self, config: ShapedConfig, *, process: Process, length: int, num_classes: int | None = None
-    ) -> None:
+    def __init__(self, config: ShapedConfig, *, process: Process, length: int, num_classes: int | None = None) -> None:
         self.config = config
         self.process = process
         self.length = length

@@ -220,9 +220,7 @@ def test_a_head_that_reaches_back_into_the_network_is_run_twice_and_right() -> N
     """Its weight comes out of the embedding, by a product made before the chunk: a graph that all chunks share."""
 
     class Mixing(Headed):
-        def features(
-            self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None
-        ) -> Tensor:
+        def features(self, z_t: Tensor, t: Tensor, condition: Condition, input_noise: Tensor | None = None) -> Tensor:
             self.mixed = self.tokens.weight[:VOCAB] @ self.logits.weight.T @ self.logits.weight
             return super().features(z_t, t, condition, input_noise)
 

@@ -15,9 +15,7 @@ from dmmd_objectives.dcd import ConsistencyDistillation
 VOCAB, LENGTH, BATCH = 4, 3, 64
 
 
-def _game(
-    process_name: str = "uniform", **params: object
-) -> tuple[ConsistencyDistillation, Free, Free]:
+def _game(process_name: str = "uniform", **params: object) -> tuple[ConsistencyDistillation, Free, Free]:
     process = make_process(process_name, VOCAB)
     student, teacher = Free(process, LENGTH, 0), Free(process, LENGTH, 1)
     config = ConsistencyDistillation.Config(**{"rounds": 1, **params})  # type: ignore[arg-type]

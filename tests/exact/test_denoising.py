@@ -19,9 +19,7 @@ def _inputs(batch: int = BATCH) -> tuple[Batch, Draws]:
     return Batch(draws.integers("tokens", VOCAB, (LENGTH,))), draws
 
 
-@pytest.mark.parametrize(
-    ("name", "params"), [("masked", {}), ("masked", {"weight": "elbo"}), ("uniform", {})], ids=str
-)
+@pytest.mark.parametrize(("name", "params"), [("masked", {}), ("masked", {"weight": "elbo"}), ("uniform", {})], ids=str)
 @pytest.mark.parametrize("target", ["data", "teacher"])
 @pytest.mark.parametrize("chunk", [0, 7])
 def test_loss_is_the_mean_cross_entropy_over_all_positions(

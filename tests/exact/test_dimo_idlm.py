@@ -217,7 +217,6 @@ def test_turns_follow_the_number_of_auxiliary_turns() -> None:
     assert [game.turn(step) for step in range(3)] == [("auxiliary",), ("auxiliary",), ("student", "auxiliary")]
 
 
-
 def test_partly_random_students_show_random_tokens_and_draw_all_that_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     process = make_process("masked", VOCAB)
     backbone = MLP(

@@ -146,9 +146,7 @@ def test_known_and_fixed_positions_survive_guidance(name: str) -> None:
 def test_guided_sampling_follows_the_exact_distribution_of_the_guided_teacher(name: str) -> None:
     teacher, scale, steps, count = Labelled(name), 2.5, 3, 20_000
     plain = Ancestral(Ancestral.Config(), process=teacher.process, length=LENGTH)
-    sampler = Ancestral(
-        Ancestral.Config(guidance=scale), process=teacher.process, length=LENGTH, num_classes=CLASSES
-    )
+    sampler = Ancestral(Ancestral.Config(guidance=scale), process=teacher.process, length=LENGTH, num_classes=CLASSES)
     model = ShapedDenoiser(teacher, guidance=scale, num_classes=CLASSES)
     unguided = plain.distribution(Told(teacher, 1), num_steps=steps)
     probs = plain.distribution(Told(model, 1), num_steps=steps)
@@ -243,9 +241,7 @@ class FreeByLabel(Denoiser):
         return TablePrediction(tables[condition.label, torch.arange(len(z_t))])
 
 
-def _game(
-    name: str, teacher: Denoiser, **params: object
-) -> tuple[MomentMatching, Free, Free]:
+def _game(name: str, teacher: Denoiser, **params: object) -> tuple[MomentMatching, Free, Free]:
     process = make_process(name, VOCAB)
     student, auxiliary = Free(process, LENGTH, 0), Free(process, LENGTH, 1)
     game = MomentMatching(
@@ -292,7 +288,7 @@ def test_a_student_absorbs_the_guided_teacher_at_one_teacher_call_more(name: str
         (losses["student"] + losses["auxiliary"]).backward()
         results.append([student.logits.grad, auxiliary.logits.grad])
         assert len(student.calls) == len(auxiliary.calls) == 1
-        (_, _, condition), = student.calls
+        ((_, _, condition),) = student.calls
         assert condition is not None
         assert condition.label is batch.labels, "the student is told the label and asked once"
     for given, expected, unguided in zip(*results, strict=True):

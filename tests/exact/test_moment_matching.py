@@ -41,9 +41,7 @@ def _noisy(game: MomentMatching, batch: Batch, draws: Draws) -> tuple[Tensor, Te
     return s, t, z_t, z_s
 
 
-@pytest.mark.parametrize(
-    ("name", "process_params"), [("masked", {}), ("masked", {"weight": "elbo"}), ("uniform", {})]
-)
+@pytest.mark.parametrize(("name", "process_params"), [("masked", {}), ("masked", {"weight": "elbo"}), ("uniform", {})])
 def test_students_gradient_is_the_closed_form(name: str, process_params: dict[str, object]) -> None:
     game, student, teacher, auxiliary = _game(name, process_params)
     with torch.no_grad():  # probabilities below the floor, on either side
@@ -257,6 +255,7 @@ def test_metrics_are_the_students_entropy_and_half_the_distance_of_teacher_and_a
         float((theta - phi).abs().sum(-1).mean() / 2), rel=2**-23
     )
 
+
 def test_times_on_the_grid_are_those_of_the_sampler() -> None:
     game, *_ = _game("uniform", times="grid")
     s, t = game.draw_times(Draws.for_range(0, 0, 0, 4000))
@@ -271,7 +270,6 @@ def test_times_on_the_grid_are_those_of_the_sampler() -> None:
     game.num_steps = 3
     fake = type("Fake", (), {"uniform": lambda self, stream, shape: ends})()
     assert game.draw_times(fake)[1].tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1.0])
-
 
 
 def test_times_are_those_of_algorithm_1() -> None:

@@ -155,9 +155,7 @@ def test_rows_not_to_be_drawn_ignore_the_clean_token() -> None:
     z_t = torch.arange(process.num_inputs).expand(count, -1)
     s, t = torch.full((count,), 0.4), torch.full((count,), 0.6)
     drawn = process.rows_to_draw(z_t, s, t, draws)
-    results = torch.stack([
-        process.posterior_sample(torch.full_like(z_t, x), z_t, s, t, draws) for x in range(VOCAB)
-    ])
+    results = torch.stack([process.posterior_sample(torch.full_like(z_t, x), z_t, s, t, draws) for x in range(VOCAB)])
     assert (~drawn).any()
     assert (results == results[0])[:, ~drawn].all()
 
