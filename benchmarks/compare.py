@@ -103,7 +103,7 @@ _EXACT_CPU = {
     "distill.initialize.batch_size": 128, "evaluate.num_samples": 500,
     "evaluate.metrics": [{"name": "total_variation", "params": {"num_samples": 10_000}}, {"name": "product_bound"}],
 }  # fmt: skip
-_DIGITS_CPU = {"distill.steps": 1500, "evaluate.num_samples": 1000}
+_DIGITS_CPU = {"distill.steps": 1000, "evaluate.num_samples": 1000}
 # The paper's -0.2 rewards mass where an exact teacher has none: floored, log teacher - log auxiliary is largest there.
 _EXACT_PARAMS = {"dimo": {"jeffreys_coefficient": 0.0}}
 TASKS: dict[str, Task] = {
