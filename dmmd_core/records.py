@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,15 +59,16 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def has_only_begun(directory: Path) -> bool:
-    """Whether a directory holds nothing, or what a run leaves there that ended before it had written its recipe."""
-    return _holds_only(directory, {".lock", CACHE, f"{TEMPORARY}{RECIPE}"}, set())
+def has_only_begun(directory: Path, *, filled: Collection[str] = ()) -> bool:
+    """Whether a directory holds nothing, or what a run leaves there that ended before it had written its recipe.
 
-
-def _holds_only(directory: Path, empty: set[str], full: set[str]) -> bool:
-    """Whether there is nothing but what is named: files, folders that are empty, and folders with anything in them."""
+    Args:
+        directory: Where to look.
+        filled: Folders that may hold something all the same.
+    """
+    ours = {".lock", CACHE, f"{TEMPORARY}{RECIPE}"}
     return all(
-        path.name in full or (path.name in empty and not (path.is_dir() and any(path.iterdir())))
+        path.name in filled or (path.name in ours and not (path.is_dir() and any(path.iterdir())))
         for path in directory.iterdir()
     )
 
@@ -90,8 +91,8 @@ def state_of(directory: Path, recipe: Recipe) -> State:
     if not directory.is_dir():
         raise RunError(other)
     if not path.exists():
-        if _holds_only(directory, {".lock", f"{TEMPORARY}{RECIPE}"}, {CACHE}):
-            return "new"  # a cache may have been put there: its parts are known by their fingerprints
+        if has_only_begun(directory, filled=[CACHE]):  # put there; its parts are known by their fingerprints
+            return "new"
         began_with = _began_with(directory) if (directory / STAGES).exists() else None
         if began_with is None:
             raise RunError(other)
