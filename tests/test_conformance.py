@@ -953,6 +953,20 @@ def test_a_broken_component_is_caught_by_the_clause_meant_for_it(
     assert words in str(caught.value)
 
 
+def test_an_observer_that_fails_on_the_way_is_ended_as_a_run_would() -> None:
+    ended = []
+
+    def _end(self: TensorBoard, error: BaseException | None) -> None:
+        ended.append(error)
+        TensorBoard.end(self, error)
+
+    failing = variant(TensorBoard, on_figures=_finite_alone, end=_end)
+    with pytest.raises(ConformanceError, match="Out of range float values"):
+        check_component(failing, {}, kind="observer", only=["life"], registry=REGISTRY)
+    (error,) = ended
+    assert isinstance(error, ValueError)
+
+
 def test_every_clause_has_a_broken_component() -> None:
     covered = {(kind, clause) for kind, clause, *_ in BROKEN}
     general = {clause.name for clause in clauses_of("codec")}

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,23 @@ class ObserverCase(Case):
 
 
 def live(observer: Observer, samples: str = _PICTURES, *, error: BaseException | None = None) -> dict[str, Any]:
-    """Let an observer see a whole run; returns what it was handed, for comparison with `handed`."""
+    """Let an observer see a whole run; returns what it was handed, for comparison with `handed`.
+
+    An observer that fails is ended with its own error, as a run would: what it has opened must not outlive the case.
+    """
     told = handed(samples)
+    try:
+        _tell(observer, told)
+    except BaseException as failure:
+        with suppress(Exception):
+            observer.end(failure)
+        raise
+    observer.end(error)
+    return told
+
+
+def _tell(observer: Observer, told: dict[str, Any]) -> None:
+    """All that a run has to tell between beginning and end."""
     observer.begin()
     observer.on_stage("data", 0.25)
     for step, metrics in told["steps"].items():
@@ -58,8 +73,6 @@ def live(observer: Observer, samples: str = _PICTURES, *, error: BaseException |
         observer.on_samples(model, num_steps, told["samples"])
         observer.on_figures(model, num_steps, told["figures"])
     observer.on_stage("evaluate", 0.5)
-    observer.end(error)
-    return told
 
 
 def handed(samples: str) -> dict[str, Any]:
