@@ -9,11 +9,12 @@ from dmmd_core import PluginRegistrar, hookimpl
 def dmmd_register(registry: PluginRegistrar) -> None:
     """Register the components of this package."""
     from dmmd_processes.masked import Masked
-    from dmmd_processes.schedules import Cosine, Linear, Polynomial
+    from dmmd_processes.schedules import Cosine, Linear, MaskGITCosine, Polynomial
     from dmmd_processes.uniform import Uniform
 
     registry.add("schedule", "linear", Linear)
     registry.add("schedule", "cosine", Cosine)
+    registry.add("schedule", "maskgit_cosine", MaskGITCosine)
     registry.add("schedule", "polynomial", Polynomial)
     registry.add("process", "masked", Masked)
     registry.add("process", "uniform", Uniform)

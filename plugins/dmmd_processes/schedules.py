@@ -41,6 +41,26 @@ class Cosine(Schedule):
         return -0.5 * math.pi * torch.cos(0.5 * math.pi * (1 - t))
 
 
+class MaskGITCosine(Schedule):
+    """``alpha = 1 - cos(pi (1 - t) / 2)``: few tokens drawn in the first steps and many in the last.
+
+    MaskGIT's share of masked tokens (Chang et al., arXiv:2202.04200, section 3.2) as a signal level; the ``cosine``
+    of Shi et al., "Simplified and Generalized Masked Diffusion" (arXiv:2406.04329, table 1).
+    """
+
+    def __init__(self, config: MaskGITCosine.Config) -> None:
+        self.config = config
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """See `Schedule.alpha`; in two forms, exact at both ends and with all digits near t = 1."""
+        late = 2 * torch.sin(0.25 * math.pi * (1 - t)) ** 2
+        return torch.where(t < 0.5, 1 - torch.sin(0.5 * math.pi * t), late).clamp(0, 1)
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        """See `Schedule.alpha_prime`; exactly 0 at t = 1."""
+        return -0.5 * math.pi * torch.sin(0.5 * math.pi * (1 - t))
+
+
 class Polynomial(Schedule):
     """``alpha = 1 - t ** power`` (Shi et al., "Simplified and Generalized Masked Diffusion", arXiv:2406.04329)."""
 

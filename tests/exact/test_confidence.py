@@ -39,7 +39,7 @@ def _sampler(process: Process, length: int, **params: object) -> Confidence:
     return Confidence(Confidence.Config(**params), process=process, length=length)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "maskgit_cosine", "polynomial"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 8, 30])
 def test_the_masked_share_falls_as_a_cosine_and_the_network_is_shown_its_time(schedule: str, steps: int) -> None:
     process, length = make_process("masked", 4, schedule), 20

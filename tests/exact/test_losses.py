@@ -61,7 +61,7 @@ def test_posterior_kl_is_the_written_formula(time: float) -> None:
     assert float(process.loss_weight(s)) == pytest.approx(-slope / (4 * alpha), rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "maskgit_cosine", "polynomial"])
 def test_posterior_kl_keeps_its_digits_in_float32(schedule: str) -> None:
     """Near s = 0 float32 has few digits of 1 - alpha, by which the loss of every other token is divided."""
     s = torch.full((4,), 1e-4, dtype=torch.float64)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from dmmd_core import Condition, Denoiser, Prediction, Process, Schedule, TablePrediction, per_position
 from dmmd_processes.masked import Masked
-from dmmd_processes.schedules import Cosine, Linear, Polynomial
+from dmmd_processes.schedules import Cosine, Linear, MaskGITCosine, Polynomial
 from dmmd_processes.uniform import Uniform
 
 SCHEDULES: dict[str, Schedule] = {
     "linear": Linear(Linear.Config()),
     "cosine": Cosine(Cosine.Config()),
+    "maskgit_cosine": MaskGITCosine(MaskGITCosine.Config()),
     "polynomial": Polynomial(Polynomial.Config(power=1.5)),
 }
 
