@@ -19,6 +19,7 @@ from dmmd_core.assemble import Assembly
 from dmmd_core.interfaces import Condition
 from dmmd_core.resolve import resolve
 from dmmd_core.saved import recipe_from_plain
+from dmmd_samplers.ancestral import Ancestral
 
 
 def benchmark(name: str) -> ModuleType:
@@ -233,3 +234,35 @@ def test_the_engine_is_measured_by_one_command(tmp_path, monkeypatch):
     assert set(found["iteration"]["over_limit"]) == {"joint", "alternate", "teacher"}
     assert found["sampling"]["tiny"]["over_bare"] > 0
     assert found["mdlm"]["run_of_64"]["mdlm_over_ours"] > 0
+
+
+def test_a_mixture_of_one_models_steps_is_what_the_sampler_draws(tmp_path, monkeypatch):
+    """Steps of the student alone, or of the teacher alone, bit for bit; and both in one sample differ from either."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    reference = {"name": "causal_transformer", "params": {"width": 8, "depth": 1, "steps": 2}}
+    metric = {"name": "gradient_moment", "params": {"batch_size": 4, "reference": reference}}
+    recipe = tiny_recipe(
+        tmp_path,
+        data={"name": "text", "params": {"length": 16, "tokenizer": {"name": "byte"}}},
+        backbone={"name": "transformer", "params": {"width": 8, "depth": 1, "heads": 1}},
+        teacher={"objective": {"name": "denoising"}, "train": {"steps": 2, "batch_size": 4}},
+        distill={"num_steps": 2, "steps": 2, "batch_size": 4},
+        evaluate={"teacher_steps": [], "student_steps": [2], "num_samples": 16, "metrics": [metric]},
+    )
+    make_run(recipe).execute()
+    weak_steps, run, out = benchmark("weak_steps"), tmp_path / "run", tmp_path / "weak_steps.json"
+    judge = weak_steps.Mixed(run)
+    sampler = Ancestral(Ancestral.Config(), process=judge.assembly.process, length=judge.assembly.spec.length)
+
+    def drawn(model, steps):
+        return sampler.sample(model, Draws.for_range(0, 0, 0, 16), num_steps=steps).tokens
+
+    students, teachers = judge.tokens("ssss", 16, 1), judge.tokens("tttt", 16, 2)
+    assert torch.equal(students, drawn(judge.student, 4))
+    assert torch.equal(teachers, drawn(judge.denoiser, 8))
+    mixed = judge.tokens("ttss", 16, 1)
+    assert not torch.equal(mixed, students)
+    assert int(mixed.max()) < judge.assembly.process.vocab_size
+    monkeypatch.setattr(sys, "argv", ["weak_steps", str(run), "ss", "ts", "--num", "16", "--out", str(out)])
+    assert weak_steps.main() == 0
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["ss", "ts"]
