@@ -69,14 +69,21 @@ class Mixed(Judge):
         """The samples themselves, int64 ``[num, length]``; `parts` steps of the teacher for one letter."""
         assert self.assembly.spec is not None
         process, length = self.assembly.process, self.assembly.spec.length
-        sampler = Ancestral(Ancestral.Config(), process=process, length=length)
+        sampler = self.assembly.sampler
+        if not isinstance(sampler, Ancestral):
+            raise SystemExit(
+                f"the steps of {type(sampler).__name__} cannot be mixed; this is for the sampler 'ancestral'"
+            )
         draws = Draws.for_range(0, 0, 0, num)
         z = process.prior_sample(length, draws.at_step(0))
         for number, letter in enumerate(steps):
             model, cuts = (self.student, 1) if letter == "s" else (self.denoiser, parts)
             for part in range(cuts):
                 whole = len(steps) * cuts
-                t, s = (torch.full((num,), 1 - (number * cuts + part + after) / whole).double() for after in (0, 1))
+                left = torch.tensor(
+                    [1 - (number * cuts + part + after) / whole for after in (0, 1)], dtype=torch.float64
+                )
+                t, s = (time.expand(num) for time in sampler.step_times(left))
                 z = sampler.step(model, z, s, t, draws.at_step(number * parts + part), Condition())
         return z
 

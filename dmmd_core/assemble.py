@@ -145,6 +145,7 @@ class Assembly:
                 teacher=teacher,
                 copy_teacher=copy_teacher,
                 num_steps=num_steps,
+                step_times=self.sampler.step_times,
                 training_steps=training_steps,
             ),
         )

@@ -16,7 +16,7 @@ OFFERS: dict[str, frozenset[str]] = {
     "process": _SPEC,
     "backbone": _SPEC | {"num_inputs"},
     "generator": _SPEC | {"backbone", "process"},
-    "objective": _SPEC | {"process", "network", "teacher", "copy_teacher", "num_steps", "training_steps"},
+    "objective": _SPEC | {"process", "network", "teacher", "copy_teacher", "num_steps", "step_times", "training_steps"},
     "teacher": _SPEC | {"process", "data", "codec", "backbone"},
     "sampler": _SPEC | {"process"},
     "features": _SPEC | {"data", "codec", "seed", "cache_directory"},

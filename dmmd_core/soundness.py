@@ -120,6 +120,10 @@ class CheckedSampler(Sampler):
         """See `Sampler.prepared`."""
         return self.inner.prepared(denoiser)
 
+    def step_times(self, left: Tensor) -> Tensor:
+        """See `Sampler.step_times`."""
+        return self.inner.step_times(left)
+
     def distribution(
         self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None
     ) -> Tensor:

@@ -68,6 +68,20 @@ class Sampler(Component, ABC):
         """
         return denoiser
 
+    def step_times(self, left: Tensor) -> Tensor:
+        """Where on the way from t = 1 to 0 the steps lie.
+
+        Of k steps, step i goes from ``step_times(1 - i / k)`` to ``step_times(1 - (i + 1) / k)``. This
+        function is offered to objectives, which may practise the sampler's steps.
+
+        Args:
+            left: Share of the steps still to be taken, in [0, 1], any shape.
+
+        Returns:
+            Times, increasing in `left`, exactly 0 at 0 and 1 at 1; by default `left` itself, steps of one length.
+        """
+        return left
+
     def distribution(
         self, denoiser: Denoiser, *, num_steps: int, context: object | None = None, length: int | None = None
     ) -> Tensor:

@@ -47,6 +47,7 @@ class Game:
             teacher=self.teacher,
             copy_teacher=(lambda: copy.deepcopy(start)) if self.distills else None,
             num_steps=2 if self.distills else None,
+            step_times=lambda left: left,
             training_steps=_LESSONS,
         )
         self.players: dict[str, Player] = dict(self.objective.players())

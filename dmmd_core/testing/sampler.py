@@ -151,6 +151,18 @@ def latent(case: SamplerCase) -> None:
     expect(not bool(alike.any()), "two calls were given one latent")
 
 
+@clause("step_times", remedy="map [0, 1] onto itself, 0 to 0 and 1 to 1, without turning back; keep shape and dtype")
+def step_times(case: SamplerCase) -> None:
+    """`step_times` grows from exactly 0 to exactly 1 and keeps shape and dtype."""
+    left = torch.linspace(0, 1, 33, dtype=torch.float64)
+    times = case.component.step_times(left)
+    expect(
+        times.shape == left.shape and times.dtype == left.dtype, f"step_times give {times.dtype} {list(times.shape)}"
+    )
+    expect((float(times[0]), float(times[-1])) == (0.0, 1.0), f"step_times lead from {times[-1]} to {times[0]}")
+    expect(bool((times.diff() > 0).all()), "step_times turn back or stand still")
+
+
 @clause("one_position", remedy="draw x from the prediction and z_s from the posterior, tails included")
 def one_position(case: SamplerCase) -> None:
     """With one position nothing is lost: any number of steps draws from the truth."""
@@ -240,6 +252,6 @@ def devices(case: SamplerCase) -> None:
 
 
 CLAUSES: tuple[Clause, ...] = (
-    *GENERAL, tokens, calls, repeatable, fixed, condition, latent, one_position, last_step, distribution, no_steps,
-    no_gradient, devices,
+    *GENERAL, tokens, calls, repeatable, fixed, condition, latent, step_times, one_position, last_step, distribution,
+    no_steps, no_gradient, devices,
 )  # fmt: skip

@@ -51,7 +51,7 @@ class MomentMatching(Objective):
         )
         times: Literal["interval", "grid"] = option(
             "interval",
-            help="t = s + delta with delta ~ U(0, 1/k), as in algorithm 1, or the next of the k times a sampler visits",
+            help="t = s + delta with delta ~ U(0, 1/k), as in algorithm 1, or the next of the sampler's k times",
         )
         auxiliary_target: Literal["hard", "soft", "posterior"] = option(
             "hard",
@@ -94,12 +94,14 @@ class MomentMatching(Objective):
         copy_teacher: Callable[[], Denoiser],
         num_steps: int,
         num_classes: int | None = None,
+        step_times: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.config = config
         self.process = process
         self.student = network
         self.auxiliary = copy_teacher()
         self.num_steps = num_steps
+        self.step_times = step_times or (lambda left: left)
         shaped = config.guidance != 1.0 or config.temperature != 1.0 or config.top_p != 1.0
         self.teacher = (
             ShapedDenoiser(
@@ -172,14 +174,15 @@ class MomentMatching(Objective):
         return found
 
     def draw_times(self, draws: Draws, shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Draw s ~ U(0, 1) and the t it comes from; float64 ``[batch, *shape]`` each.
+        """Draw s and the t it comes from; float64 ``[batch, *shape]`` each.
 
-        ``interval``: t = min(1, s + delta), delta ~ U(0, 1/k) (algorithm 1). ``grid``: t = ceil(k s) / k, the time from
-        which a sampler of k steps crosses s, so that the student practises the steps it will take and no others.
+        ``interval``: s ~ U(0, 1), t = min(1, s + delta), delta ~ U(0, 1/k) (algorithm 1). ``grid``: s = g(u) with
+        u ~ U(0, 1) and t = g(ceil(k u) / k), the time from which the sampler's k steps cross s, where g is its
+        `step_times`: the student practises the steps it will take and no others.
         """
         s = draws.uniform("s", shape)
         if self.config.times == "grid":
-            return s, (s * self.num_steps).ceil() / self.num_steps
+            return self.step_times(s), self.step_times((s * self.num_steps).ceil() / self.num_steps)
         return s, (s + draws.uniform("delta", shape) / self.num_steps).clamp(max=1)
 
     def loss(self, turn: tuple[str, ...], batch: Batch, draws: Draws) -> Losses:

@@ -1,11 +1,12 @@
-"""Ancestral sampling with exact draws: x ~ Cat(x_hat(z_t)), z_s ~ q(z_s | z_t, x) on the grid 1, 1 - 1/k, ..., 0."""
+"""Ancestral sampling with exact draws: x ~ Cat(x_hat(z_t)), z_s ~ q(z_s | z_t, x) on k times from 1 to 0."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dmmd_core import (
     Samples,
     UnsupportedError,
     categorical_from_uniform,
+    option,
 )
 from dmmd_samplers.shaped import ShapedConfig, ShapedSampler, fix_tokens, times_of
 
@@ -37,6 +39,11 @@ class Ancestral(ShapedSampler):
     @dataclass(frozen=True, kw_only=True)
     class Config(ShapedConfig):
         """Parameters."""
+
+        times: Literal["uniform", "cosine"] = option(
+            "uniform",
+            help="steps of one length, or t = cos(pi i / (2k)): short ones first, while there is little context",
+        )
 
     @classmethod
     def provides(cls, config: Any) -> frozenset[str]:
@@ -67,10 +74,11 @@ class Ancestral(ShapedSampler):
         length = length or self.length
         z = self.process.prior_sample(length, draws.at_step(0))
         last = None
+        times = self._times(num_steps)
         for step in range(num_steps):
             now = draws.at_step(step)
             z = fix_tokens(z, condition)
-            t, s = (times_of(1 - number / num_steps, z, condition) for number in (step, step + 1))
+            t, s = (times_of(times[number], z, condition) for number in (step, step + 1))
             if last_step and step == num_steps - 1:
                 to_draw = self.process.rows_to_draw(z, s, t, now)
                 prediction = denoiser(z, t, condition, denoiser.draw_latent(now, length))
@@ -109,6 +117,15 @@ class Ancestral(ShapedSampler):
                 x = z.index_copy(0, asked, self._draw(prediction, z[asked], to_draw[asked], some))
         return self._next(z, x, s, t, draws)
 
+    def step_times(self, left: Tensor) -> Tensor:
+        """See `Sampler.step_times`; the cosine is the sampling grid of Shi et al. (arXiv:2406.04329)."""
+        return left if self.config.times == "uniform" else torch.sin(0.5 * math.pi * left)
+
+    def _times(self, num_steps: int) -> list[float]:
+        """The times between which `num_steps` steps lead, from 1 to 0."""
+        left = torch.tensor([1 - step / num_steps for step in range(num_steps + 1)], dtype=torch.float64)
+        return self.step_times(left).tolist()
+
     def _draw(self, prediction: Prediction, z: Tensor, to_draw: Tensor, draws: Draws) -> Tensor:
         """Draw ``x ~ Cat(p)`` at the positions `to_draw`, ``[batch, length]``; elsewhere it is `z`."""
         index = to_draw.flatten().nonzero().squeeze(-1)
@@ -138,10 +155,13 @@ class Ancestral(ShapedSampler):
         device = device_of(denoiser)
         states = states.to(device)
         condition = Condition(context=context)
+        times = self._times(num_steps)
         weights = _outer(self.process.prior().to(device).expand(1, length, -1))[0]
         for step in range(num_steps):
-            t = torch.full((len(states),), 1 - step / num_steps, dtype=torch.float64, device=device)
-            s = torch.full_like(t, 1 - (step + 1) / num_steps)
+            t, s = (
+                torch.full((len(states),), times[number], dtype=torch.float64, device=device)
+                for number in (step, step + 1)
+            )
             moved = torch.zeros_like(weights)
             # States of no weight are left out: a denoiser need not make sense of them.
             for part in (weights > 0).nonzero().squeeze(-1).split(1024):

@@ -60,6 +60,10 @@ class Block(Sampler):
         """See `Sampler.prepared`: the inner sampler's, which encodes what the inner sampler asks for."""
         return self.inner.prepared(denoiser)
 
+    def step_times(self, left: Tensor) -> Tensor:
+        """See `Sampler.step_times`: the inner sampler's, in every block."""
+        return self.inner.step_times(left)
+
     @torch.no_grad()
     def sample(
         self,

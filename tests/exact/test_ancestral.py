@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +27,15 @@ from dmmd_data.enumerable import MarkovChain, TiedCoins
 from dmmd_metrics.product_bound import best_product
 from dmmd_processes.masked import Masked
 from dmmd_samplers.ancestral import Ancestral
+from dmmd_samplers.block import Block
 from dmmd_teachers.exact import Exact
 
 CODEC = Integers(Integers.Config())
 
 
-def _setup(name: str, data: EnumerableData) -> tuple[Ancestral, Denoiser]:
+def _setup(name: str, data: EnumerableData, **params: Any) -> tuple[Ancestral, Denoiser]:
     process = make_process(name, data.spec.vocab_size)
-    sampler = Ancestral(Ancestral.Config(), process=process, length=data.spec.length)
+    sampler = Ancestral(Ancestral.Config(**params), process=process, length=data.spec.length)
     return sampler, Exact(Exact.Config(), process=process, data=data).denoiser()
 
 
@@ -42,6 +46,23 @@ def test_tied_coins_have_total_variation_one_over_two_k(steps: int) -> None:
     given = sampler.distribution(teacher, num_steps=steps)
     distance = float((given - data.probabilities()).abs().sum() / 2)
     assert distance == pytest.approx(1 / (2 * steps), abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_tied_coins_in_steps_by_the_cosine(steps: int) -> None:
+    """Half the probability that both are drawn in one step, ``sum_i (t_i - t_{i+1})^2 / 2``; samples follow it."""
+    data = TiedCoins(TiedCoins.Config(), codec=CODEC)
+    sampler, teacher = _setup("masked", data, times="cosine")
+    times = [math.cos(0.5 * math.pi * step / steps) for step in range(steps + 1)]
+    expected = sum((t - s) ** 2 for t, s in itertools.pairwise(times)) / 2
+    given = sampler.distribution(teacher, num_steps=steps)
+    assert float((given - data.probabilities()).abs().sum() / 2) == pytest.approx(expected, abs=1e-12)
+    tokens = sampler.sample(teacher, Draws.for_range(0, 0, 0, 20_000), num_steps=steps).tokens
+    apart = float((tokens[:, 0] != tokens[:, 1]).double().mean())  # a Bernoulli mean; six standard deviations
+    assert apart == pytest.approx(expected, abs=6 * math.sqrt(expected / 20_000))
+    assert Block(Block.Config(), inner=sampler, process=sampler.process, length=2).step_times(
+        torch.tensor(0.5)
+    ) == pytest.approx(math.sqrt(0.5))
 
 
 def test_no_product_distribution_comes_nearer_to_tied_coins_than_root_two_minus_one() -> None:

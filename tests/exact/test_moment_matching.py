@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from worlds import Free, bayes_posterior, forward_matrix, make_process
 
 from dmmd_core import Batch, Draws, shape_log_probs
 from dmmd_objectives.moment_matching import MomentMatching
+from dmmd_samplers.ancestral import Ancestral
 
 VOCAB, LENGTH, BATCH = 4, 3, 64
 
@@ -270,6 +272,19 @@ def test_times_on_the_grid_are_those_of_the_sampler() -> None:
     game.num_steps = 3
     fake = type("Fake", (), {"uniform": lambda self, stream, shape: ends})()
     assert game.draw_times(fake)[1].tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1.0])
+
+
+def test_times_on_the_grid_follow_the_steps_of_the_sampler() -> None:
+    """With steps by the cosine: t = cos(pi i / (2k)), each as often as another, and s within the step from it."""
+    sampler = Ancestral(Ancestral.Config(times="cosine"), process=make_process("masked", VOCAB), length=LENGTH)
+    game, *_ = _game("masked", times="grid")
+    game.step_times = sampler.step_times
+    s, t = game.draw_times(Draws.for_range(0, 0, 0, 4000))
+    times = [math.cos(0.5 * math.pi * step / 4) for step in range(5)]
+    for start, end in itertools.pairwise(times):
+        here = (t - start).abs() < 1e-12
+        assert float(here.double().mean()) == pytest.approx(0.25, abs=6 * math.sqrt(0.19 / 4000))
+        assert bool(((s[here] <= start) & (s[here] >= end - 1e-12)).all())
 
 
 def test_times_are_those_of_algorithm_1() -> None:
