@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmmd_core import Draws, Subject, load_model_weights, load_plugins, load_recipe
+from dmmd_core import Denoiser, Draws, Subject, load_model_weights, load_plugins, load_recipe
 from dmmd_core.assemble import Assembly
 from dmmd_core.resolve import resolve
 from dmmd_metrics.entropy import TokenEntropy
@@ -75,8 +75,11 @@ class Judge:
         self.reference = self.moment.reference
         self.perplexity = GenerativePerplexity(GenerativePerplexity.Config(), reference=self.reference)
         self.entropy = TokenEntropy(TokenEntropy.Config(), vocab_size=self.data.spec.vocab_size)
-        self.denoiser = self.assembly.network().eval()
-        load_model_weights(run, "teacher", self.denoiser, self.data.codec)
+        if self.assembly.plan.teacher_load is not None:
+            self.denoiser: Denoiser = self.assembly.teacher().eval()
+        else:
+            self.denoiser = self.assembly.network().eval()
+            load_model_weights(run, "teacher", self.denoiser, self.data.codec)
 
     def figures(self, name: str, tokens: Tensor, model: str = "teacher") -> dict[str, Any]:
         """Gradient Moment with its standard error, perplexity and token entropy of some sequences."""
