@@ -814,6 +814,15 @@ SAMPLERS: list[tuple[str, str, type, dict[str, Any], str]] = [
     ("sampler", "condition", Changed(_without("label")).sampler, {}, "without the labels"),
     ("sampler", "condition", Changed(_labels_turned_round).sampler, {}, "labels of other samples"),
     ("sampler", "latent", Changed(_one_latent).sampler, {}, "two calls were given one latent"),
+    ("sampler", "step_times", variant(Ancestral, step_times=lambda s, left: left.float()), {}, "torch.float32"),
+    ("sampler", "step_times", variant(Ancestral, step_times=lambda s, left: left / 2), {}, "lead from 0.5 to 0.0"),
+    (
+        "sampler",
+        "step_times",
+        variant(Ancestral, step_times=lambda s, left: (2 * left).clamp(max=1)),
+        {},
+        "turn back or stand still",
+    ),
     ("sampler", "one_position", Ancestral, {"temperature": 0.7}, "was drawn with frequency"),
     ("sampler", "last_step", Changed(_flat_last).sampler, {}, "more or less often than the last probabilities say"),
     (
@@ -1001,7 +1010,7 @@ def test_the_command_prints_a_line_a_clause_and_fails_with_a_broken_one(capsys: 
     assert "FAILED       one_position" in told.out
     assert "what to do" in told.out
     assert told.err.startswith("dmmd: sampler ancestral (plugin 'samplers'")
-    assert "breaks 1 of 17 clauses: one_position" in told.err.splitlines()[0]
+    assert "breaks 1 of 18 clauses: one_position" in told.err.splitlines()[0]
     assert run_command(["--conformance", "masked"]) == 2
     assert "KIND:NAME" in capsys.readouterr().err
     assert run_command(["--conformance", "process:maskd"]) == 2
