@@ -103,7 +103,7 @@ _EXACT_CPU = {
     "distill.initialize.batch_size": 128, "evaluate.num_samples": 500,
     "evaluate.metrics": [{"name": "total_variation", "params": {"num_samples": 10_000}}, {"name": "product_bound"}],
 }  # fmt: skip
-# All methods but one practise even steps.
+# Even steps, which every method practises, and the lengths of the recorded runs.
 _TEXT = {
     "data.params.length": 48, "sampler": {"name": "ancestral"}, "evaluate.teacher_sampler": None,
     "distill.steps": 3500,

@@ -44,8 +44,8 @@ class Cosine(Schedule):
 class MaskGITCosine(Schedule):
     """``alpha = 1 - cos(pi (1 - t) / 2)``: few tokens drawn in the first steps and many in the last.
 
-    MaskGIT's share of masked tokens (Chang et al., arXiv:2202.04200, section 3.2) as a signal level; the ``cosine``
-    of Shi et al., "Simplified and Generalized Masked Diffusion" (arXiv:2406.04329, table 1).
+    MaskGIT's share of masked tokens (Chang et al., arXiv:2202.04200) as a signal level; the ``cosine``
+    of Shi et al., "Simplified and Generalized Masked Diffusion" (arXiv:2406.04329).
     """
 
     def __init__(self, config: MaskGITCosine.Config) -> None:
