@@ -183,6 +183,39 @@ def test_uncentred_moment_is_that_of_the_samples_alone(chains: Chains, reference
     assert value == pytest.approx(float(gram.sum() - gram.trace()) / (30 * 29), rel=1e-4, abs=1e-8)
 
 
+def test_more_samples_than_held_out_sequences_narrow_the_error(chains: Chains, reference: Trained) -> None:
+    """200 held-out sequences are no bound on the samples: five times as many are used, all but what does not divide."""
+    few = Chains()
+    few._splits = {"train": Batch(chains.draw(10, 1)), "test": Batch(chains.draw(200, 2))}
+    hot = Chains()
+    hot.rows = (chains.rows.log() / 1.3).softmax(-1)
+    tokens = hot.draw(1009, 80)
+    metric = GradientMoment(GradientMoment.Config(batch_size=20), reference=reference, data=few)
+    (many,) = metric.evaluate(_subject(tokens))
+    (one,) = metric.evaluate(_subject(tokens[:200]))
+    assert (many.num_samples, one.num_samples) == (1000, 200)
+    assert many.standard_error is not None
+    assert one.standard_error is not None
+    assert many.standard_error < one.standard_error
+    (known,) = GradientMoment(GradientMoment.Config(batch_size=20), reference=reference, data=chains).evaluate(
+        _subject(hot.draw(4000, 81))
+    )
+    assert known.standard_error is not None
+    assert abs(many.value - known.value) < 4 * (many.standard_error + known.standard_error)
+
+    def gradient(part: Tensor) -> Tensor:
+        losses, counts = reference.losses(part)
+        parts = torch.autograd.grad(losses.sum() / counts.sum(), list(reference.module.parameters()))
+        return torch.cat([part.flatten() for part in parts])
+
+    data = metric._data(len(tokens))
+    rows = [
+        gradient(tokens[100 * i : 100 * (i + 1)]) - gradient(data[20 * i : 20 * (i + 1)]) for i in range(10)
+    ]  # a pair is the mean over all its samples, in however many parts that is computed
+    gram = torch.stack(rows).double() @ torch.stack(rows).double().T
+    assert many.value == pytest.approx(float(gram.sum() - gram.trace()) / (10 * 9), rel=1e-4, abs=1e-8)
+
+
 # ---- the reference -------------------------------------------------------------------------------------------------
 
 

@@ -61,8 +61,9 @@ class GradientMoment(Metric):
     """Gradient Moment ``|| E_samples[grad l] - E_data[grad l] ||^2`` of a reference (D-MMD, arXiv:2603.20155).
 
     ``l`` is the mean token negative log-likelihood. Over n pairs of batches with ``h = grad l(samples) - grad l(data)``
-    the estimate ``(|sum h|^2 - sum |h|^2) / (n (n - 1))`` is unbiased; its standard error is the jackknife's. Two sets
-    of gradients are in memory, the sum and the current pair's, unless all of them are small.
+    the estimate ``(|sum h|^2 - sum |h|^2) / (n (n - 1))`` is unbiased; its standard error is the jackknife's. Where
+    there are more samples than held-out sequences, each pair takes more of them. Two sets of gradients are in memory,
+    the sum and the current pair's, unless all of them are small.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class GradientMoment(Metric):
         """Parameters."""
 
         reference: Slot = slot("language_model", "causal_transformer", help="the reference language model")
-        batch_size: int = option(25, help="sequences per gradient", minimum=1)
+        batch_size: int = option(25, help="held-out sequences per gradient; most samples at a time", minimum=1)
         centred: bool = option(True, help="take the data's gradient off; without it, the samples' alone")
 
     @classmethod
@@ -100,7 +101,8 @@ class GradientMoment(Metric):
         count = min(len(tokens), len(data)) // size
         if count < 3:
             return []  # too few for an estimate and its error
-        pairs = [(tokens[i * size : (i + 1) * size], data[i * size : (i + 1) * size]) for i in range(count)]
+        each = len(tokens) // count if len(tokens) > len(data) else size
+        pairs = [(tokens[i * each : (i + 1) * each], data[i * size : (i + 1) * size]) for i in range(count)]
         parameters = sum(tensor.numel() for tensor in self.reference.module.parameters())
         if 4 * parameters * count <= _KEPT_BYTES:
             kept = list(self._differences(pairs))
@@ -108,7 +110,7 @@ class GradientMoment(Metric):
         else:  # the second pass computes every gradient again
             value, error = moment_and_error(lambda: self._differences(pairs), count)
         kind = "gradient_moment" if self.config.centred else "gradient_moment_uncentred"
-        return [Value(kind, value, error, f"test; {self.reference.reference_name}", count * size)]
+        return [Value(kind, value, error, f"test; {self.reference.reference_name}", count * each)]
 
     def _data(self, num: int) -> Tensor:
         size = self.data.size("test")
@@ -118,14 +120,20 @@ class GradientMoment(Metric):
     def _differences(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
         parameters = [tensor for tensor in self.reference.module.parameters() if tensor.requires_grad]
         for samples, data in pairs:
-            loss = self._mean_loss(samples)
+            counted = torch.zeros((), device=parameters[0].device)
+            for part in samples.split(self.config.batch_size):
+                losses, counts = self.reference.losses(part)
+                losses.sum().backward(inputs=parameters)
+                counted += counts.sum()
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.div_(counted)
             if self.config.centred:
-                loss = loss - self._mean_loss(data)
-            yield list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
-
-    def _mean_loss(self, tokens: Tensor) -> Tensor:
-        losses, counts = self.reference.losses(tokens)
-        return losses.sum() / counts.sum()
+                losses, counts = self.reference.losses(data)
+                (-losses.sum() / counts.sum()).backward(inputs=parameters)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for parameter in parameters:
+                parameter.grad = None
+            yield gradients
 
 
 def moment_and_error(vectors: Any, count: int) -> tuple[float, float]:
