@@ -28,7 +28,7 @@ from dmmd_core.distributed import Processes
 from dmmd_core.draws import Draws
 from dmmd_core.errors import CheckpointError, Problem, RecipeError, RunError
 from dmmd_core.hub import download_folder, may_be_repository, upload_folder
-from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler, TextCodec
+from dmmd_core.interfaces import Codec, Condition, DataSpec, Denoiser, Process, Sampler, Slot, TextCodec
 from dmmd_core.plugins import load_plugins
 from dmmd_core.recipe import Recipe
 from dmmd_core.registry import Registry
@@ -410,7 +410,8 @@ def load_model_weights(path: str | Path, role: Role, denoiser: Denoiser, codec: 
         codec: Must have the fingerprint of the codec that the model was trained with.
 
     Raises:
-        CheckpointError: The folder is missing, damaged, speaks other tokens, or its weights do not fit.
+        CheckpointError: The folder is missing, damaged, speaks other tokens, its weights do not fit, or would fit but
+            belong to a backbone with other settings.
     """
     folder = _folder(path, role)
     config = read_config(folder)
@@ -422,6 +423,29 @@ def load_model_weights(path: str | Path, role: Role, denoiser: Denoiser, codec: 
             f"{codec.fingerprint()}"
         )
     load_weights(denoiser, load_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    backbone = getattr(denoiser, "backbone", None)
+    differing = _differing_settings(config["recipe"]["backbone"], getattr(backbone, "config", None))
+    if differing:
+        raise CheckpointError(
+            f"the weights in {folder} were trained with {'; '.join(differing)}; set the recipe's backbone to what they "
+            "were trained with"
+        )
+
+
+def _differing_settings(saved: dict[str, Any], config: Any) -> list[str]:
+    """Where a saved backbone's parameters and a Config differ, for the reader; not in fields that may."""
+    if not dataclasses.is_dataclass(config):
+        return []
+    found = []
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        before, now = (
+            dataclasses.asdict(value) if isinstance(value, Slot) else value
+            for value in (saved["params"].get(field.name, default), getattr(config, field.name))
+        )
+        if before != now and not field.metadata.get("same_weights"):
+            found.append(f"{field.name}: {before} where this recipe has {now}")
+    return found
 
 
 def saved_capabilities(path: str | Path, role: Role) -> frozenset[str] | None:

@@ -27,7 +27,9 @@ class Bert(Backbone):
         width: int = option(64, help="width of embeddings and hidden layers, even", minimum=2)
         depth: int = option(2, help="number of layers", minimum=1)
         heads: int = option(4, help="attention heads; must divide width", minimum=1)
-        dropout: float = option(0.0, help="dropout of hidden layers and attention", minimum=0, below=1)
+        dropout: float = option(
+            0.0, help="dropout of hidden layers and attention", minimum=0, below=1, same_weights=True
+        )
 
         def __post_init__(self) -> None:
             """Check sizes against each other."""

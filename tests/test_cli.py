@@ -158,6 +158,11 @@ def test_a_teacher_of_another_run_is_loaded_strictly(
     other = [str(path), f"run.directory={tmp_path / 'other'}"]
     assert run_command([*other, "backbone.params.width=32"]) == 2
     assert "do not fit" in capsys.readouterr().err
+    other = [str(path), f"run.directory={tmp_path / 'fourth'}"]
+    assert run_command([*other, "backbone.params.heads=1"]) == 2, "the same tensors, another function"
+    message = capsys.readouterr().err
+    assert "trained with heads: 2 where this recipe has 1" in message
+    assert str(trained) in message
     other = [str(path), f"run.directory={tmp_path / 'third'}"]
     assert run_command([*other, "data.params.codec.params.seed=5"]) == 2
     assert "trained on tokens of codec" in capsys.readouterr().err

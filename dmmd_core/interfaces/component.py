@@ -44,6 +44,7 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    same_weights: bool = False,
 ) -> Any:
     """Declare a field of a Config: default, one line of help, and bounds that the recipe loader checks.
 
@@ -54,10 +55,13 @@ def option(
         above: The value must be greater than this.
         maximum: Largest value allowed.
         below: The value must be less than this.
+        same_weights: For a backbone: weights trained with one value may be used with another, as with the attention
+            kernel or dropout. Weights of a saved model are refused where any other field differs.
     """
     metadata = {
         "help": help,
         "bounds": {"minimum": minimum, "above": above, "maximum": maximum, "below": below},
+        "same_weights": same_weights,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

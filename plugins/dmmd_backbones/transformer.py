@@ -64,7 +64,7 @@ class Transformer(Backbone):
         expansion: int = option(4, help="feed-forward width as a multiple of width", minimum=1)
         positions: Literal["rotary", "learned"] = option("rotary", help="position encoding")
         layout: Literal["line", "grid"] = option("line", help="positions in one dimension, or on the data's grid")
-        attention: Literal["auto", "sdpa", "xformers"] = option("auto", help="attention kernel")
+        attention: Literal["auto", "sdpa", "xformers"] = option("auto", help="attention kernel", same_weights=True)
         convolutions: int = option(
             0, help="short depthwise convolutions (three positions) on the embeddings", minimum=0
         )
@@ -74,7 +74,7 @@ class Transformer(Backbone):
             minimum=1,
         )
         class_conditional: bool = option(False, help="condition on the data's class labels")
-        dropout: float = option(0.0, help="dropout in the feed-forward layers", minimum=0, below=1)
+        dropout: float = option(0.0, help="dropout in the feed-forward layers", minimum=0, below=1, same_weights=True)
 
         def __post_init__(self) -> None:
             """Check sizes against each other."""

@@ -129,10 +129,12 @@ class UNet(Backbone):
             [], help="levels whose blocks attend, 0 for full resolution; the middle always does", minimum=0
         )
         head_width: int = option(32, help="width of an attention head", minimum=1)
-        attention: Literal["auto", "sdpa", "xformers"] = option("auto", help="attention kernel")
+        attention: Literal["auto", "sdpa", "xformers"] = option("auto", help="attention kernel", same_weights=True)
         class_conditional: bool = option(False, help="condition on the data's class labels")
-        dropout: float = option(0.0, help="dropout in the residual blocks", minimum=0, below=1)
-        attention_dropout: float = option(0.0, help="dropout of attention weights", minimum=0, below=1)
+        dropout: float = option(0.0, help="dropout in the residual blocks", minimum=0, below=1, same_weights=True)
+        attention_dropout: float = option(
+            0.0, help="dropout of attention weights", minimum=0, below=1, same_weights=True
+        )
 
         def __post_init__(self) -> None:
             """Check sizes against each other."""

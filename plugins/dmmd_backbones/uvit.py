@@ -53,10 +53,12 @@ class UViT(Backbone):
         patch: int = option(2, help="side of a patch; must divide the grid's height and width", minimum=1)
         embedding_width: int = option(64, help="width of a token's embedding and of its features", minimum=1)
         expansion: int = option(4, help="feed-forward width as a multiple of width", minimum=1)
-        attention: Literal["auto", "sdpa", "xformers"] = option("auto", help="attention kernel")
+        attention: Literal["auto", "sdpa", "xformers"] = option("auto", help="attention kernel", same_weights=True)
         class_conditional: bool = option(False, help="condition on the data's class labels")
-        dropout: float = option(0.0, help="dropout in the feed-forward layers", minimum=0, below=1)
-        attention_dropout: float = option(0.0, help="dropout of attention weights", minimum=0, below=1)
+        dropout: float = option(0.0, help="dropout in the feed-forward layers", minimum=0, below=1, same_weights=True)
+        attention_dropout: float = option(
+            0.0, help="dropout of attention weights", minimum=0, below=1, same_weights=True
+        )
 
         def __post_init__(self) -> None:
             """Check sizes against each other."""
