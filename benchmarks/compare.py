@@ -106,7 +106,7 @@ _EXACT_CPU = {
 # Even steps, which every method practises, and the lengths of the recorded runs.
 _TEXT = {
     "data.params.length": 48, "sampler": {"name": "ancestral"}, "evaluate.teacher_sampler": None,
-    "distill.steps": 3500,
+    "distill.steps": 3500, "distill.num_steps": 8,
 }  # fmt: skip
 _DIGITS_CPU = {"distill.steps": 1000, "evaluate.num_samples": 1000}
 # The paper's -0.2 rewards mass where an exact teacher has none: floored, log teacher - log auxiliary is largest there.
