@@ -216,6 +216,15 @@ def test_more_samples_than_held_out_sequences_narrow_the_error(chains: Chains, r
     assert many.value == pytest.approx(float(gram.sum() - gram.trace()) / (10 * 9), rel=1e-4, abs=1e-8)
 
 
+def test_gradients_left_by_training_do_not_count(chains: Chains, reference: Trained) -> None:
+    tokens = chains.draw(100, 90)
+    wanted = _moment(reference, chains, tokens)
+    for parameter in reference.module.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    assert _moment(reference, chains, tokens) == wanted
+    assert all(parameter.grad is None for parameter in reference.module.parameters())
+
+
 # ---- the reference -------------------------------------------------------------------------------------------------
 
 

@@ -120,6 +120,7 @@ class GradientMoment(Metric):
     def _differences(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
         parameters = [tensor for tensor in self.reference.module.parameters() if tensor.requires_grad]
         for samples, data in pairs:
+            self.reference.module.zero_grad()  # its training may have left gradients
             counted = torch.zeros((), device=parameters[0].device)
             for part in samples.split(self.config.batch_size):
                 losses, counts = self.reference.losses(part)
@@ -131,8 +132,7 @@ class GradientMoment(Metric):
                 losses, counts = self.reference.losses(data)
                 (-losses.sum() / counts.sum()).backward(inputs=parameters)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            for parameter in parameters:
-                parameter.grad = None
+            self.reference.module.zero_grad()
             yield gradients
 
 
